@@ -1,0 +1,23 @@
+"""The model room: configuration, processor, model, and their place in transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from .configuration_phi3_v import Phi3VConfig
+from .image_processing_phi3_v import Phi3VImageProcessor
+from .modeling_phi3_v import Phi3VForCausalLM
+from .processing_phi3_v import Phi3VProcessor
+
+AutoConfig.register("phi3_v", Phi3VConfig, exist_ok=True)
+AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
+AutoImageProcessor.register(Phi3VConfig, slow_image_processor_class=Phi3VImageProcessor, exist_ok=True)
+AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

@@ -1,0 +1,155 @@
+"""Model folders: loading, saving in one piece, and merging adapters.
+
+A folder is either *published layout* (``config.json`` and weights under the published names) or a *PEFT adapter*
+(``adapter_config.json``, ``adapter_model.safetensors``, and our processor files beside them).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from .modeling_phi3_v import Phi3VForCausalLM
+from .processing_phi3_v import Phi3VProcessor
+
+ADAPTER_CONFIG = "adapter_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Says whether a local folder holds a PEFT adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(path: str | Path) -> str:
+    """Names the base model that an adapter folder was trained on.
+
+    Raises:
+        CheckpointError: the adapter does not say.
+    """
+    config_file = Path(path) / ADAPTER_CONFIG
+    base = json.loads(config_file.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{config_file}: base_model_name_or_path is missing; name the base model explicitly")
+    return base
+
+
+def _check_folder(path: str | Path, what: str) -> None:
+    """Refuses a local path that holds no model; anything that is not a local path is taken for a hub id."""
+    folder = Path(path)
+    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
+    if folder.exists() or looks_local:
+        if not folder.is_dir():
+            raise CheckpointError(f"{what} {path}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{what} {path}: holds neither config.json nor {ADAPTER_CONFIG}; give a model folder, such as RUN/model"
+            )
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    rope_mode: str = "auto",
+    device: str | torch.device | None = None,
+    base: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Loads a published-layout folder, a hub id, or an adapter on its base.
+
+    Args:
+        path: the folder or hub id.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the dtype the folder was saved in. An adapter's
+            own matrices stay float32.
+        attention: ``sdpa`` or ``eager``.
+        rope_mode: LongRoPE factors ``auto`` (per sequence), ``short`` or ``long``.
+        device: where to; default: stay on the CPU.
+        base: for an adapter: another place of its base model.
+
+    Raises:
+        CheckpointError: no such folder, or one that holds no model.
+    """
+    if is_adapter(path):
+        base_path = base or base_of_adapter(path)
+        _check_folder(base_path, f"base model of adapter {path}:")
+        loaded = load_model(base_path, dtype=dtype, attention=attention, rope_mode=rope_mode)
+        model: PreTrainedModel | PeftModel = PeftModel.from_pretrained(loaded, str(path))  # pyright: ignore[reportArgumentType]
+    else:
+        _check_folder(path, "model")
+        model = Phi3VForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=attention,
+            rope_mode=rope_mode,
+        )
+    model.eval()
+    return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def load_processor(path: str | Path, num_crops: int | None = None) -> Phi3VProcessor:
+    """Loads the processor of a model folder, a hub id or an adapter folder (its base's where it has none itself)."""
+    if is_adapter(path) and not (Path(path) / "preprocessor_config.json").is_file():
+        path = base_of_adapter(path)
+    elif not is_adapter(path):
+        _check_folder(path, "model")
+    return Phi3VProcessor.from_pretrained(path, num_crops=num_crops)
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, folder: str | Path, **save_options: Any
+) -> Path:
+    """Writes a model folder in one piece: complete under its name, or not there at all.
+
+    A full model is written in the published layout, a ``PeftModel`` in PEFT's adapter format; both with the
+    processor's files. An existing folder of that name is replaced.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        # An adapter on lm_head must not drag the base's own lm_head into the file.
+        save_options.setdefault("save_embedding_layers", False)
+    model.save_pretrained(str(temporary), **save_options)
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model-card template, full of blanks
+    processor.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        outgoing = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(outgoing, ignore_errors=True)
+        folder.rename(outgoing)
+        temporary.rename(folder)
+        shutil.rmtree(outgoing)
+    else:
+        temporary.rename(folder)
+    return folder
+
+
+def merge_adapter(adapter: str | Path, base: str | None = None) -> Phi3VForCausalLM:
+    """Adds a LoRA adapter into its base and returns the full model in the base's own dtype.
+
+    The sum is formed in float32 and rounded once, so that a 16-bit merge differs from the adapter model by one
+    rounding of the weights and no more.
+
+    Raises:
+        CheckpointError: the folder is not an adapter, or its base cannot be found.
+    """
+    if not is_adapter(adapter):
+        raise CheckpointError(f"{adapter}: holds no {ADAPTER_CONFIG}; merge takes an adapter folder, such as RUN/model")
+    base_path = base or base_of_adapter(adapter)
+    _check_folder(base_path, f"base model of adapter {adapter}:")
+    own_dtype = Phi3VForCausalLM.config_class.from_pretrained(base_path).dtype or torch.float32
+    model = load_model(adapter, dtype="float32", base=base_path)
+    merged = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    merged = merged.to(own_dtype)
+    merged.config.dtype = own_dtype
+    return merged

@@ -1,0 +1,140 @@
+"""Phi-3.5-vision's configuration: the published ``config.json``, read and written in its own layout."""
+
+from typing import Any, ClassVar
+
+from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
+
+VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+"""Sizes of the published vision tower; a ``config.json`` without ``vision_config`` means these."""
+
+PUBLISHED_WRONG_EOS = 2
+"""``eos_token_id`` of the published files: ``</s>``, which the model never emits."""
+
+ROPE_MODES = ("auto", "short", "long")
+
+
+class Phi3VConfig(Phi3Config):
+    """Configuration of Phi-3-vision and Phi-3.5-vision.
+
+    Everything of ``Phi3Config`` describes the decoder; in addition:
+
+    Attributes:
+        vision_config: CLIP sizes, a ``CLIPVisionConfig`` (or a dict of its fields when given); written to
+            ``config.json`` only when they are not ViT-L/14-336's.
+        img_processor: published description of the vision tower; kept as found, ``image_dim_out`` and
+            ``num_img_tokens`` follow ``vision_config``.
+        embd_layer: published description of the image embedding; kept as found.
+        image_token_id: the id that stands at every image position, ``<|image|>`` of the published tokenizer.
+        rope_mode: LongRoPE factors: ``auto`` chooses per sequence (short up to ``original_max_position_embeddings``
+            positions, long beyond), ``short`` and ``long`` fix them. Never written to ``config.json``.
+
+    Raises:
+        ValueError: a patch grid that is not square and even, or an unknown ``rope_mode``.
+
+    Source: published config.json; the saved form is the published one (``rope_scaling`` of type ``su``,
+    ``rope_theta`` and ``torch_dtype`` at the top level), so that the original code reads it.
+    """
+
+    model_type = "phi3_v"
+    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig}
+
+    max_position_embeddings: int = 131072
+    vision_config: Any = None
+    img_processor: dict | None = None
+    embd_layer: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The classes are native: a published folder's pointer to remote code must not make a loader ask for trust.
+        kwargs.pop("auto_map", None)
+        kwargs.pop("_attn_implementation", None)
+        self.rope_mode = kwargs.pop("rope_mode", "auto")
+        if self.rope_mode not in ROPE_MODES:
+            raise ValueError(f"rope_mode is {self.rope_mode!r}, must be one of {', '.join(ROPE_MODES)}")
+        self.image_token_id = kwargs.pop("image_token_id", 32044)
+        if self.eos_token_id == PUBLISHED_WRONG_EOS:
+            self.eos_token_id = 32000
+        if not isinstance(self.vision_config, CLIPVisionConfig):
+            self.vision_config = CLIPVisionConfig(**{**VIT_L_14_336, **(self.vision_config or {})})
+        vision: Any = self.vision_config
+        patches_per_side, remainder = divmod(vision.image_size, vision.patch_size)
+        if remainder or patches_per_side % 2:
+            raise ValueError(
+                f"vision_config.image_size {vision.image_size} px must hold an even number of "
+                f"{vision.patch_size}-px patches a side"
+            )
+        self.img_processor = {
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            **(self.img_processor or {}),
+            "image_dim_out": vision.hidden_size,
+            "num_img_tokens": (patches_per_side // 2) ** 2,
+        }
+        self.embd_layer = self.embd_layer or {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        }
+        rope_scaling = kwargs.pop("rope_scaling", None)
+        if rope_scaling is not None:
+            factors = {key: rope_scaling[key] for key in ("short_factor", "long_factor") if key in rope_scaling}
+            self.rope_parameters = {"rope_type": "default"}
+            if factors:
+                ratio = self.max_position_embeddings / self.original_max_position_embeddings
+                self.rope_parameters = {"rope_type": "longrope", "factor": ratio, **factors}
+        super().__post_init__(**kwargs)
+
+    @property
+    def crop_px(self) -> int:
+        """Crop edge, pixels."""
+        return self.vision_config.image_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Image tokens along a crop's edge."""
+        return self.vision_config.image_size // self.vision_config.patch_size // 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the published layout; ``Phi3VConfig(**config.to_dict())`` gives the same configuration."""
+        published = super().to_dict()
+        rope = published.pop("rope_parameters")
+        published["rope_theta"] = rope["rope_theta"]
+        published["rope_scaling"] = None
+        if rope["rope_type"] == "longrope":
+            published["rope_scaling"] = {
+                "type": "su",
+                "short_factor": rope["short_factor"],
+                "long_factor": rope["long_factor"],
+            }
+        dtype = published.pop("dtype", None)
+        if dtype is not None:
+            published["torch_dtype"] = dtype
+        for key in ("rope_mode", "partial_rotary_factor", "id2label", "label2id"):
+            published.pop(key, None)
+        if published.get("image_token_id") == 32044:
+            del published["image_token_id"]
+        vision = self.vision_config
+        sizes = {key: getattr(vision, key) for key in VIT_L_14_336}
+        published.pop("vision_config")
+        if sizes != VIT_L_14_336:
+            published["vision_config"] = sizes
+        return published
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns ``to_dict()`` without the generic transformers defaults that the published file does not carry."""
+        generic = PreTrainedConfig().to_dict()
+        for key in ("transformers_version", "model_type"):
+            generic.pop(key, None)
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key != "_name_or_path" and (key not in generic or value != generic[key])
+        }

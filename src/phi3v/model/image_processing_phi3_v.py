@@ -1,0 +1,196 @@
+"""The HD transform: one image becomes a global view and a grid of CLIP-sized crops."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils.hub import cached_file
+
+from ..geometry import CROP_PX, TOKENS_PER_SIDE, HDLayout, hd_layout, num_image_tokens
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WHITE = (255, 255, 255)
+PUBLISHED_CONSTANTS = ("auto_map", "do_convert_rgb", "image_processor_type", "processor_class")
+"""Keys of the published file that are the same for every model of this family."""
+
+
+class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
+    """Settings that ``from_pretrained`` and a call may override."""
+
+    num_crops: int
+    crop_px: int
+    num_img_tokens: int
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """Resizes, pads, normalises and cuts images into crops.
+
+    Args:
+        num_crops: most tiles an image may take, the global view not counted. Published: 4; 16 is recommended for
+            single documents.
+        num_img_tokens: image tokens of one crop, a square number.
+        crop_px: crop edge, pixels.
+        image_mean: per-channel mean of [0, 1] pixels.
+        image_std: per-channel standard deviation of [0, 1] pixels.
+
+    Raises:
+        ValueError: ``num_crops`` below 1, or ``num_img_tokens`` not a square.
+
+    Source: published processor; geometry in ``phi3v.geometry.hd_layout``.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+    valid_kwargs = Phi3VImageProcessorKwargs
+
+    def __init__(
+        self,
+        num_crops: int = 4,
+        num_img_tokens: int = TOKENS_PER_SIDE**2,
+        crop_px: int = CROP_PX,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        **published: Any,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(published) - set(PUBLISHED_CONSTANTS))
+        if unknown:
+            raise TypeError(f"Phi3VImageProcessor does not know {', '.join(unknown)}")
+        if num_crops < 1:
+            raise ValueError(f"num_crops is {num_crops}, must be at least 1")
+        self.num_crops = num_crops
+        self.num_img_tokens = num_img_tokens
+        self.tokens_per_side = round(num_img_tokens**0.5)
+        if self.tokens_per_side**2 != num_img_tokens:
+            raise ValueError(f"num_img_tokens is {num_img_tokens}, must be a square number")
+        self.crop_px = crop_px
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    def layout(self, height: int, width: int, num_crops: int | None = None) -> HDLayout:
+        """Lays out an image of ``height`` x ``width`` px; ``num_crops`` defaults to the processor's own."""
+        return hd_layout(height, width, num_crops or self.num_crops, self.crop_px)
+
+    def image_token_count(self, height: int, width: int, num_crops: int | None = None) -> int:
+        """Counts an image's decoder positions from its size alone."""
+        return num_image_tokens(self.layout(height, width, num_crops).grid, self.tokens_per_side)
+
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]  # the crops of one image belong together
+        self,
+        images: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray],
+        num_crops: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Cuts images into crops.
+
+        Args:
+            images: one image or a list: PIL images of any mode, or (h, w, 3) uint8 arrays. Orientation tags (EXIF)
+                are not applied, as in the published processor.
+            num_crops: overrides the processor's own.
+            return_tensors: ``"pt"``, ``"np"`` or None.
+
+        Returns:
+            ``pixel_values``: (N, C, 3, crop_px, crop_px) float32; row n holds the global view of image n, then its
+            tiles in row-major order, then zeros; C is the most crops of any image given.
+            ``image_sizes``: (N, 2) int64, padded (h, w) px.
+            ``num_img_tokens``: N decoder position counts.
+        """
+        if isinstance(images, Image.Image | np.ndarray):
+            images = [images]
+        all_crops: list[torch.Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        tokens: list[int] = []
+        for image in images:
+            pil = to_rgb(image)
+            layout = self.layout(pil.height, pil.width, num_crops)
+            all_crops.append(self._cut(pil, layout))
+            sizes.append(layout.padded)
+            tokens.append(num_image_tokens(layout.grid, self.tokens_per_side))
+        most = max((crops.shape[0] for crops in all_crops), default=0)
+        pixel_values = torch.zeros(len(all_crops), most, 3, self.crop_px, self.crop_px)
+        for row, crops in zip(pixel_values, all_crops, strict=True):
+            row[: crops.shape[0]] = crops
+        data = {
+            "pixel_values": pixel_values,
+            "image_sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+            "num_img_tokens": tokens,
+        }
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["num_img_tokens"])
+
+    def _cut(self, image: Image.Image, layout: HDLayout) -> torch.Tensor:
+        """Returns one image's crops, (1 + rows * columns, 3, crop_px, crop_px) float32, global view first."""
+        if layout.is_transposed:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+        resized_h, resized_w = layout.resized
+        canvas = Image.new("RGB", (resized_w, layout.pad_top + resized_h + layout.pad_bottom), WHITE)
+        canvas.paste(image.resize((resized_w, resized_h), Image.Resampling.BILINEAR), (0, layout.pad_top))
+        if layout.is_transposed:
+            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
+        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).to(torch.float32).div_(255)
+        pixels.sub_(torch.tensor(self.image_mean)[:, None, None]).div_(torch.tensor(self.image_std)[:, None, None])
+        edge = self.crop_px
+        rows, columns = layout.grid
+        global_view = F.interpolate(pixels[None], size=(edge, edge), mode="bicubic", align_corners=False)
+        tiles = pixels.reshape(3, rows, edge, columns, edge).permute(1, 3, 0, 2, 4).reshape(-1, 3, edge, edge)
+        return torch.cat([global_view, tiles])
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads ``preprocessor_config.json``, and the crop edge from ``config.json`` where that names one."""
+        settings, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "crop_px" not in settings:
+            wanted = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
+            config_file = None
+            if not Path(pretrained_model_name_or_path).is_file():
+                config_file = cached_file(
+                    pretrained_model_name_or_path,
+                    "config.json",
+                    _raise_exceptions_for_missing_entries=False,
+                    **{key: kwargs[key] for key in wanted if kwargs.get(key) is not None},
+                )
+            if config_file is not None:
+                vision = json.loads(Path(config_file).read_text("utf-8")).get("vision_config") or {}
+                if "image_size" in vision:
+                    settings["crop_px"] = vision["image_size"]
+                    settings["num_img_tokens"] = (vision["image_size"] // vision.get("patch_size", 14) // 2) ** 2
+        return settings, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the published layout; ``crop_px`` is written only where it is not the published 336."""
+        settings = {
+            "do_convert_rgb": True,
+            "image_mean": self.image_mean,
+            "image_processor_type": "Phi3VImageProcessor",
+            "image_std": self.image_std,
+            "num_crops": self.num_crops,
+            "num_img_tokens": self.num_img_tokens,
+            "processor_class": "Phi3VProcessor",
+        }
+        if self.crop_px != CROP_PX:
+            settings["crop_px"] = self.crop_px
+        return settings
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """Converts to RGB as the published processor does: through PIL, alpha dropped, palettes resolved.
+
+    Raises:
+        TypeError: neither a PIL image nor an (h, w, 3) or (h, w) uint8 array.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise TypeError(f"an image array must be (h, w) or (h, w, 3) uint8, got {image.shape} {image.dtype}")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"an image must be a PIL image or an (h, w, 3) uint8 array, got {type(image).__name__}")
+    return image.convert("RGB")

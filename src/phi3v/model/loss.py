@@ -1,0 +1,36 @@
+"""Next-token loss over the supervised positions only."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def mean_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over all supervised tokens of a batch, the published model's ``loss``.
+
+    Args:
+        logits: (B, L, V); position j predicts token j + 1.
+        labels: (B, L) int64, -100 where nothing is supervised.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def weighted_token_loss(
+    hidden_states: torch.Tensor, lm_head: nn.Module, labels: torch.Tensor, loss_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of weighted cross entropies, logits computed at supervised positions only.
+
+    Equals ``(cross_entropy(lm_head(hidden_states)[:, :-1], labels[:, 1:]) * loss_weights[:, 1:]).sum()``
+    and avoids the (B, L, V) logits, of which an answer of ten tokens after an image of 2,500 needs ten rows.
+
+    Args:
+        hidden_states: (B, L, H), the decoder's last.
+        lm_head: maps H to V.
+        labels: (B, L) int64, -100 where nothing is supervised.
+        loss_weights: (B, L) float; entry j weighs the prediction of token j.
+    """
+    targets = labels[:, 1:]
+    rows, columns = (targets != -100).nonzero(as_tuple=True)
+    logits = lm_head(hidden_states[rows, columns]).float()
+    losses = F.cross_entropy(logits, targets[rows, columns], reduction="none")
+    return (losses * loss_weights[rows, columns + 1].to(losses.dtype)).sum()

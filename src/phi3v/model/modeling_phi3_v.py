@@ -1,0 +1,314 @@
+"""Phi-3.5-vision on transformers' own Phi3 and CLIP layers, with the published tensor names."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPVisionEmbeddings
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3RMSNorm
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
+from .loss import mean_token_loss, weighted_token_loss
+from .rope import Phi3VRotaryEmbedding
+from .vision_phi3_v import Phi3VImageEmbedding
+
+STOP_TOKEN_IDS = [32000, 32007]
+"""``<|endoftext|>`` and ``<|end|>`` of the published tokenizer: where generation ends."""
+
+
+class Phi3VPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, initialise, checkpoint and dispatch the model."""
+
+    config_class = Phi3VConfig
+    config: Phi3VConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": Phi3Attention}
+    # The published code shares the text embedding under this name; its files may hold the copy.
+    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte", r"embeddings\.position_ids"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises as the published classes do: CLIP by its own rules, the rest normally distributed."""
+        if isinstance(module, CLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, mean=0.0, std=module.embed_dim**-0.5)
+            init.normal_(module.patch_embedding.weight, std=module.config.initializer_range)
+            init.normal_(module.position_embedding.weight, std=module.config.initializer_range)
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        elif isinstance(module, CLIPAttention):
+            inner = module.embed_dim**-0.5 * (2 * module.config.num_hidden_layers) ** -0.5
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=inner)
+            init.normal_(module.out_proj.weight, std=module.embed_dim**-0.5)
+        elif isinstance(module, CLIPMLP):
+            inner = module.config.hidden_size**-0.5 * (2 * module.config.num_hidden_layers) ** -0.5
+            init.normal_(module.fc1.weight, std=(2 * module.config.hidden_size) ** -0.5)
+            init.normal_(module.fc2.weight, std=inner)
+        elif isinstance(module, Phi3VImageEmbedding):
+            init.zeros_(module.glb_GN)
+            init.zeros_(module.sub_GN)
+        else:
+            super()._init_weights(module)
+
+
+class Phi3VModel(Phi3VPreTrainedModel):
+    """Text embedding, image embedding and decoder, without the head."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.layers = nn.ModuleList([Phi3DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Embeds ids and puts image rows where ``image_token_id`` stands: (B, L) -> (B, L, hidden_size).
+
+        Raises:
+            ValueError: the number of image positions is not what the images need.
+        """
+        embedded = self.embed_tokens(input_ids)
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            return embedded
+        if image_sizes is None:
+            raise ValueError("pixel_values came without image_sizes")
+        rows = self.vision_embed_tokens(pixel_values, image_sizes).to(embedded.dtype)
+        is_image = input_ids == self.config.image_token_id
+        positions = int(is_image.sum())
+        if positions != rows.shape[0]:
+            raise ValueError(
+                f"the text holds {positions} image positions but the {len(image_sizes)} images need {rows.shape[0]}: "
+                "text and images were prepared with different num_crops, or the text was cut inside an image"
+            )
+        return embedded.masked_scatter(is_image[..., None], rows)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder; arguments as in ``Phi3VForCausalLM.forward``."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if position_ids is None:
+            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    @staticmethod
+    def _positions(
+        embedded: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Counts each row's positions from its own first real token, so that left padding shifts nothing."""
+        batch, length = embedded.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)[:, -length:]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=embedded.device) + past).expand(batch, length)
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """Phi-3.5-vision with its language-model head: training, scoring and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._use_real_stop_tokens()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads a published-layout folder or hub id; generation stops where the model really ends its answers."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._use_real_stop_tokens()
+        return loaded
+
+    def _use_real_stop_tokens(self) -> None:
+        """Replaces the published generation_config's stop token, which the model never emits."""
+        settings = self.generation_config
+        if settings is None:
+            settings = self.generation_config = GenerationConfig()
+        if settings.eos_token_id in (None, PUBLISHED_WRONG_EOS, self.config.eos_token_id):
+            settings.eos_token_id = list(STOP_TOKEN_IDS)
+        settings.pad_token_id = self.config.pad_token_id
+        settings.bos_token_id = self.config.bos_token_id
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        supervised_only: bool = False,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predicts the next token at every position.
+
+        Args:
+            input_ids: (B, L) int64; ``image_token_id`` at every image position.
+            attention_mask: (B, L) 1 for real tokens, 0 for padding on either side; None = no padding.
+            position_ids: (B, L) int64; default: counted per row from its first real token.
+            past_key_values: keys and values of earlier positions.
+            inputs_embeds: (B, L, hidden_size) instead of ``input_ids``, images already in place.
+            pixel_values: (N, C, 3, crop_px, crop_px); images in the order of their positions, row by row of the batch.
+            image_sizes: (N, 2) int64, padded (h, w) px.
+            labels: (B, L) int64; -100 where nothing is supervised. Shifted here.
+            loss_weights: (B, L) float; entry j weighs the prediction of token j; the loss is then the weighted sum,
+                without them the mean over supervised tokens.
+            supervised_only: compute logits at supervised positions only and return none; needs ``labels`` and
+                ``loss_weights``.
+            logits_to_keep: positions from the end to compute logits for; 0 = all.
+
+        Returns:
+            ``loss`` (with labels), ``logits`` (B, L, vocab_size), ``past_key_values`` (with ``use_cache``).
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        assert hidden_states is not None
+        loss = logits = None
+        if labels is not None and loss_weights is not None:
+            loss = weighted_token_loss(hidden_states, self.lm_head, labels, loss_weights)
+        if not supervised_only:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None and loss_weights is None:
+                loss = mean_token_loss(logits, labels)
+        elif loss is None:
+            raise ValueError("supervised_only needs labels and loss_weights")
+        return CausalLMOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,  # pyright: ignore[reportArgumentType]
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Recomputes everything at the one step where a row's LongRoPE factors change from short to long.
+
+        Cached keys were rotated with the short factors; from the first position past
+        ``original_max_position_embeddings`` the row needs the long ones everywhere.
+        """
+        if past_key_values is not None and self._changes_rope_factors(input_ids, past_key_values, attention_mask):
+            past_key_values = None
+            next_sequence_length = None
+            is_first_iteration = True
+            kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _changes_rope_factors(
+        self, input_ids: torch.Tensor, past_key_values: Cache, attention_mask: torch.Tensor | None
+    ) -> bool:
+        limit = self.config.original_max_position_embeddings
+        past = past_key_values.get_seq_length()
+        if self.config.rope_mode != "auto" or past == 0 or input_ids.shape[1] <= limit:
+            return False
+        if attention_mask is None or attention_mask.ndim != 2:
+            return past <= limit
+        before, now = attention_mask[:, :past].sum(dim=1), attention_mask.sum(dim=1)
+        return bool(((before <= limit) & (now > limit)).any())
+
+
+__all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]
