@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from .configuration_phi3_v import Phi3VConfig
 from .modeling_phi3_v import Phi3VForCausalLM
 from .processing_phi3_v import Phi3VProcessor
 
@@ -134,22 +135,18 @@ def save_model(
     return folder
 
 
-def merge_adapter(adapter: str | Path, base: str | None = None) -> Phi3VForCausalLM:
-    """Adds a LoRA adapter into its base and returns the full model in the base's own dtype.
+def merge_adapter(model: PeftModel, dtype: torch.dtype) -> Phi3VForCausalLM:
+    """Adds a loaded LoRA adapter into its base and returns the full model in ``dtype``.
 
-    The sum is formed in float32 and rounded once, so that a 16-bit merge differs from the adapter model by one
-    rounding of the weights and no more.
-
-    Raises:
-        CheckpointError: the folder is not an adapter, or its base cannot be found.
+    Load the adapter with ``dtype="float32"``: the sum is then formed in float32 and rounded once, so that a 16-bit
+    merge differs from the adapter model by one rounding of the weights and no more. ``model`` is used up.
     """
-    if not is_adapter(adapter):
-        raise CheckpointError(f"{adapter}: holds no {ADAPTER_CONFIG}; merge takes an adapter folder, such as RUN/model")
-    base_path = base or base_of_adapter(adapter)
-    _check_folder(base_path, f"base model of adapter {adapter}:")
-    own_dtype = Phi3VForCausalLM.config_class.from_pretrained(base_path).dtype or torch.float32
-    model = load_model(adapter, dtype="float32", base=base_path)
-    merged = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
-    merged = merged.to(own_dtype)
-    merged.config.dtype = own_dtype
+    merged = model.merge_and_unload(safe_merge=True).to(dtype)  # pyright: ignore[reportCallIssue]
+    merged.config.dtype = dtype
     return merged
+
+
+def dtype_of_folder(path: str | Path) -> torch.dtype:
+    """Returns the number format that a published-layout folder's weights are saved in."""
+    dtype = Phi3VConfig.from_pretrained(path).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -43,7 +43,8 @@ class Phi3VConfig(Phi3Config):
     """
 
     model_type = "phi3_v"
-    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig}
+    # A plain mapping is read by every supported transformers; the newest ones derive it from another attribute.
+    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig}  # pyright: ignore
 
     max_position_embeddings: int = 131072
     vision_config: Any = None
