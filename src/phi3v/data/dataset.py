@@ -88,7 +88,8 @@ class ConversationDataset(Dataset[Sample]):
             it where that exists, else the file's own folder.
 
     Attributes:
-        skip: ``file:line`` of the samples left out by ``check_dataset``. They count neither in ``len`` nor in indices.
+        left_out: positions, among all lines that hold a sample, of those left out by ``check_dataset`` or
+            ``leave_out``; ascending. They count neither in ``len`` nor in indices.
 
     Raises:
         DataError: a file or the image folder is missing, or there is no sample at all.
@@ -104,7 +105,7 @@ class ConversationDataset(Dataset[Sample]):
             raise DataError(f"{', '.join(map(str, listed))}: no sample found. Write one JSON object a line.")
         self._image_dirs = {str(file.path): file.image_dir for file in self._files}
         self._kept: array | None = None
-        self.skip: frozenset[str] = frozenset()
+        self.left_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.num_lines if self._kept is None else len(self._kept)
@@ -119,6 +120,11 @@ class ConversationDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.read_line(index if self._kept is None else self._kept[index])
+
+    @property
+    def skip(self) -> frozenset[str]:
+        """``file:line`` of the samples left out."""
+        return frozenset(file.where(index) for file, index in map(self._locate, self.left_out))
 
     @property
     def num_lines(self) -> int:
@@ -147,7 +153,7 @@ class ConversationDataset(Dataset[Sample]):
     def leave_out(self, positions: Iterable[int]) -> None:
         """Leaves out the samples at these positions among all lines, and only those."""
         left_out = frozenset(positions)
-        self.skip = frozenset(file.where(index) for file, index in map(self._locate, left_out))
+        self.left_out = tuple(sorted(left_out))
         kept = (position for position in range(self.num_lines) if position not in left_out)
         self._kept = array("Q", kept) if left_out else None
 
@@ -158,16 +164,15 @@ class ConversationDataset(Dataset[Sample]):
             SampleError: the path leaves the image folder, by itself or through a link.
         """
         folder = self._image_dirs[sample.where.rpartition(":")[0]]
-        where = f"{sample.where}: sample {sample.id!r}"
         try:
             path = (folder / name).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a null byte
             raise sample_error(
-                where, f"image path {name!r} leads nowhere ({error})", "Correct the path.", "missing image"
+                sample.label, f"image path {name!r} leads nowhere ({error})", "Correct the path.", "missing image"
             ) from error
         if not path.is_relative_to(folder):
             raise sample_error(
-                where,
+                sample.label,
                 f"image path {name!r} leads outside the image folder {folder}, to {path}",
                 "Move or copy the image into that folder, or set image_dir to a folder that holds all images.",
                 "image outside the image folder",
@@ -223,8 +228,7 @@ class ConversationDataset(Dataset[Sample]):
         try:
             return read(path)
         except UnusableImageError as error:
-            where = f"{sample.where}: sample {sample.id!r}"
-            raise sample_error(where, f"image {name!r} {error.found}", error.remedy, error.reason) from error
+            raise sample_error(sample.label, f"image {name!r} {error.found}", error.remedy, error.reason) from error
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ class SampleEncoder:
             from the end of the longest user text, then from the end of the last answer, whose end tokens stay. Some
             of an answer, and of a question without images, is always kept.
 
-    Source: published fine-tuning recipe and processor, spec section 4; ids and labels are checked against recordings
+    Source: published fine-tuning recipe and processor; ids and labels are checked against recordings
     of the published code in ``tests/unit/data/test_encode.py``.
     """
 
@@ -148,7 +148,7 @@ class SampleEncoder:
         for text in texts:
             if found := self._special_token.search(text):
                 raise sample_error(
-                    _where(sample),
+                    sample.label,
                     f"its text holds {found.group()!r}, which this tokenizer reads as a special token",
                     "Take it out or write it differently, for example with a space inside.",
                     "special token in the text",
@@ -157,10 +157,10 @@ class SampleEncoder:
         try:
             order = self.processor.image_order("".join(segment.text for segment in segments))
         except ValueError as error:
-            raise sample_error(_where(sample), str(error), "Number the tags again.", "wrong image tags") from error
+            raise sample_error(sample.label, str(error), "Number the tags again.", "wrong image tags") from error
         if len(order) != len(sizes):
             raise sample_error(
-                _where(sample),
+                sample.label,
                 f"the text shows {len(order)} image(s) but {len(sizes)} were given",
                 "List every image that a tag shows, and no other.",
                 "wrong image tags",
@@ -174,7 +174,7 @@ class SampleEncoder:
                 crops += image_processor.layout(*size, num_crops=sample.num_crops).num_crops
             except ValueError as error:
                 raise sample_error(
-                    _where(sample), f"image {name!r}: {error}", "Crop or pad the image.", "elongated image"
+                    sample.label, f"image {name!r}: {error}", "Crop or pad the image.", "elongated image"
                 ) from error
         return _Plan(segments, order, counts, crops)
 
@@ -213,7 +213,7 @@ class SampleEncoder:
         spare_answer = self._num_spare(answer, may_vanish=False)
         if spare_answer < 1:
             raise sample_error(
-                _where(sample),
+                sample.label,
                 f"cannot be cut to max_length={self.max_length}: its {len(counts)} image(s) alone take "
                 f"{sum(counts)} tokens, and no more text can be taken away",
                 "Raise max_length, lower num_crops, or use on_overlong=drop.",
@@ -258,7 +258,7 @@ class SampleEncoder:
 
     def _overlong_error(self, sample: Sample, plan: "_Plan", num_tokens: int) -> SampleError:
         return sample_error(
-            _where(sample),
+            sample.label,
             f"{num_tokens} tokens, of which {sum(plan.token_counts)} for {len(plan.order)} image(s), exceed "
             f"max_length={self.max_length}",
             "Raise max_length, lower num_crops, shorten the text, or set on_overlong to drop (leave such samples out) "
@@ -281,7 +281,3 @@ class _Plan(NamedTuple):
     order: list[int]
     token_counts: list[int]
     crops: int
-
-
-def _where(sample: Sample) -> str:
-    return f"{sample.where}: sample {sample.id!r}"

@@ -74,6 +74,11 @@ class Sample:
     where: str
 
     @property
+    def label(self) -> str:
+        """How messages name the sample: its place and its id."""
+        return _label(self.where, self.id)
+
+    @property
     def images(self) -> tuple[str, ...]:
         """Image paths of all turns, in the order in which the conversation shows them."""
         return tuple(name for turn in self.turns for name in turn.images)
@@ -132,20 +137,20 @@ def parse_sample(line: str, where: str) -> Sample:
         raise _type_error(where, "the line", record, "an object with the keys " + ", ".join(_SAMPLE_KEYS))
     _check_keys(where, record, _SAMPLE_KEYS, "a sample")
     sample_id = _text(where, record, "id", "the sample")
-    where_id = f"{where}: sample {sample_id!r}"
+    label = _label(where, sample_id)
     conversations = record.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise _type_error(where_id, "'conversations'", conversations, "a list of at least one turn")
-    turns = tuple(_parse_turn(f"{where_id}, turn {k}", turn) for k, turn in enumerate(conversations, start=1))
-    system = _optional_text(where_id, record, "system")
+        raise _type_error(label, "'conversations'", conversations, "a list of at least one turn")
+    turns = tuple(_parse_turn(f"{label}, turn {k}", turn) for k, turn in enumerate(conversations, start=1))
+    system = _optional_text(label, record, "system")
     if system is not None:
-        _refuse_tokens(where_id, "the system message", system, _FORMAT_TOKENS, _NEAR_TAG)
+        _refuse_tokens(label, "the system message", system, _FORMAT_TOKENS, _NEAR_TAG)
     return Sample(
         id=sample_id,
-        turns=_in_text_order(where_id, turns),
+        turns=_in_text_order(label, turns),
         system=system if system and system.strip() else None,
-        num_crops=_num_crops(where_id, record.get("num_crops")),
-        source=_optional_text(where_id, record, "source"),
+        num_crops=_num_crops(label, record.get("num_crops")),
+        source=_optional_text(label, record, "source"),
         where=where,
     )
 
@@ -171,7 +176,7 @@ def render(sample: Sample, upto_turn: int | None = None) -> list[Segment]:
     Segment(text='<|user|>\\n<|image_1|>\\nTotal?<|end|>\\n<|assistant|>\\n', is_answer=False)
     Segment(text='12<|end|>\\n<|endoftext|>', is_answer=True)
 
-    Source: published chat template and fine-tuning recipe, spec section 4.
+    Source: published chat template and fine-tuning recipe.
     """
     num_turns = len(sample.turns)
     if upto_turn is not None and not 0 <= upto_turn < num_turns:
@@ -193,6 +198,10 @@ def render(sample: Sample, upto_turn: int | None = None) -> list[Segment]:
         ending = "<|endoftext|>" if index == num_turns - 1 else ""
         segments.append(Segment(f"{turn.assistant}<|end|>\n{ending}", is_answer=True))
     return segments
+
+
+def _label(where: str, sample_id: str) -> str:
+    return f"{where}: sample {sample_id!r}"
 
 
 class _RepeatedKeyError(ValueError):

@@ -2,13 +2,13 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .configuration_phi3_v import Phi3VConfig
 from .image_processing_phi3_v import Phi3VImageProcessor
@@ -19,5 +19,6 @@ AutoConfig.register("phi3_v", Phi3VConfig, exist_ok=True)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
 AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
-AutoImageProcessor.register(Phi3VConfig, slow_image_processor_class=Phi3VImageProcessor, exist_ok=True)
+# What AutoImageProcessor.register writes to; transformers 5.17 refuses that class itself where torchvision is missing.
+IMAGE_PROCESSOR_MAPPING.register(Phi3VConfig, {"pil": Phi3VImageProcessor}, exist_ok=True)  # pyright: ignore[reportArgumentType]
 AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

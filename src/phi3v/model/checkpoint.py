@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
@@ -75,7 +76,7 @@ def load_model(
         base: for an adapter: another place of its base model.
 
     Raises:
-        CheckpointError: no such folder, or one that holds no model.
+        CheckpointError: no such folder or hub id, or one whose files are damaged or lack tensors.
     """
     if is_adapter(path):
         base_path = base or base_of_adapter(path)
@@ -84,12 +85,22 @@ def load_model(
         model: PreTrainedModel | PeftModel = PeftModel.from_pretrained(loaded, str(path))  # pyright: ignore[reportArgumentType]
     else:
         _check_folder(path, "model")
-        model = Phi3VForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES.get(dtype, dtype),
-            attn_implementation=attention,
-            rope_mode=rope_mode,
-        )
+        try:
+            model, loading = Phi3VForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES.get(dtype, dtype),
+                attn_implementation=attention,
+                rope_mode=rope_mode,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"model {path}: {error}") from error
+        # transformers would go on with random numbers in their place.
+        if missing := sorted(loading["missing_keys"]):
+            raise CheckpointError(
+                f"model {path}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}; "
+                "copy or download it again"
+            )
     model.eval()
     return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
 
@@ -121,14 +132,20 @@ def save_model(
     model.save_pretrained(str(temporary), **save_options)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model-card template, full of blanks
     processor.save_pretrained(temporary)
+    mode = (temporary / "preprocessor_config.json").stat().st_mode
     for file in temporary.iterdir():
+        file.chmod(mode)  # safetensors' writer leaves its file to the owner alone, whatever the umask
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if folder.exists():
         outgoing = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(outgoing, ignore_errors=True)
         folder.rename(outgoing)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            outgoing.rename(folder)
+            raise
         shutil.rmtree(outgoing)
     else:
         temporary.rename(folder)

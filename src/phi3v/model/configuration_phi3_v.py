@@ -17,6 +17,9 @@ VIT_L_14_336 = {
 PUBLISHED_WRONG_EOS = 2
 """``eos_token_id`` of the published files: ``</s>``, which the model never emits."""
 
+STOP_TOKEN_IDS = (32000, 32007)
+"""``<|endoftext|>`` and ``<|end|>`` of the published tokenizer: where generation really ends."""
+
 ROPE_MODES = ("auto", "short", "long")
 
 
@@ -31,6 +34,8 @@ class Phi3VConfig(Phi3Config):
         img_processor: published description of the vision tower; kept as found, ``image_dim_out`` and
             ``num_img_tokens`` follow ``vision_config``.
         embd_layer: published description of the image embedding; kept as found.
+        eos_token_id: the ids at which generation stops; the published file's 2, which the model never emits, is
+            replaced by those of ``<|endoftext|>`` and ``<|end|>``.
         image_token_id: the id that stands at every image position, ``<|image|>`` of the published tokenizer.
         rope_mode: LongRoPE factors: ``auto`` chooses per sequence (short up to ``original_max_position_embeddings``
             positions, long beyond), ``short`` and ``long`` fix them. Never written to ``config.json``.
@@ -47,6 +52,7 @@ class Phi3VConfig(Phi3Config):
     sub_configs: ClassVar = {"vision_config": CLIPVisionConfig}  # pyright: ignore
 
     max_position_embeddings: int = 131072
+    eos_token_id: int | list[int] | None = None
     vision_config: Any = None
     img_processor: dict | None = None
     embd_layer: dict | None = None
@@ -59,8 +65,8 @@ class Phi3VConfig(Phi3Config):
         if self.rope_mode not in ROPE_MODES:
             raise ValueError(f"rope_mode is {self.rope_mode!r}, must be one of {', '.join(ROPE_MODES)}")
         self.image_token_id = kwargs.pop("image_token_id", 32044)
-        if self.eos_token_id == PUBLISHED_WRONG_EOS:
-            self.eos_token_id = 32000
+        if self.eos_token_id in (None, PUBLISHED_WRONG_EOS):
+            self.eos_token_id = list(STOP_TOKEN_IDS)
         if not isinstance(self.vision_config, CLIPVisionConfig):
             self.vision_config = CLIPVisionConfig(**{**VIT_L_14_336, **(self.vision_config or {})})
         vision: Any = self.vision_config

@@ -77,7 +77,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def layout(self, height: int, width: int, num_crops: int | None = None) -> HDLayout:
         """Lays out an image of ``height`` x ``width`` px; ``num_crops`` defaults to the processor's own."""
-        return hd_layout(height, width, num_crops or self.num_crops, self.crop_px)
+        return hd_layout(height, width, self.num_crops if num_crops is None else num_crops, self.crop_px)
 
     def image_token_count(self, height: int, width: int, num_crops: int | None = None) -> int:
         """Counts an image's decoder positions from its size alone."""
@@ -92,8 +92,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Cuts images into crops.
 
         Args:
-            images: one image or a list: PIL images of any mode, or (h, w, 3) uint8 arrays. Orientation tags (EXIF)
-                are not applied, as in the published processor.
+            images: one image or a list: PIL images of any mode, or uint8 arrays (h, w), (h, w, 3) or (h, w, 4).
+                Orientation tags (EXIF) are not applied, as in the published processor.
             num_crops: overrides the processor's own.
             return_tensors: ``"pt"``, ``"np"`` or None.
 
@@ -181,16 +181,26 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return settings
 
 
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Returns an image's (h, w) px.
+
+    Raises:
+        TypeError: neither a PIL image nor a uint8 array of shape (h, w), (h, w, 3) or (h, w, 4).
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image must be a PIL image or a uint8 array, got {type(image).__name__}")
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        raise TypeError(f"an image array must be (h, w), (h, w, 3) or (h, w, 4) uint8, got {image.shape} {image.dtype}")
+    return image.shape[0], image.shape[1]
+
+
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     """Converts to RGB as the published processor does: through PIL, alpha dropped, palettes resolved.
 
     Raises:
-        TypeError: neither a PIL image nor an (h, w, 3) or (h, w) uint8 array.
+        TypeError: as ``size_of``.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise TypeError(f"an image array must be (h, w) or (h, w, 3) uint8, got {image.shape} {image.dtype}")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"an image must be a PIL image or an (h, w, 3) uint8 array, got {type(image).__name__}")
-    return image.convert("RGB")
+    size_of(image)
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")

@@ -5,14 +5,21 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def mean_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Mean cross entropy over all supervised tokens of a batch, the published model's ``loss``.
 
     Args:
         logits: (B, L, V); position j predicts token j + 1.
         labels: (B, L) int64, -100 where nothing is supervised.
+        num_items_in_batch: divide the sum by this number instead of the batch's own supervised tokens; transformers'
+            Trainer passes the number of a whole accumulation window and then scales no further.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    scores, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets, ignore_index=-100)
+    return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum") / num_items_in_batch
 
 
 def weighted_token_loss(

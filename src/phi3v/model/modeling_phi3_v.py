@@ -14,13 +14,11 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLay
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..geometry import num_image_tokens
 from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
 from .loss import mean_token_loss, weighted_token_loss
 from .rope import Phi3VRotaryEmbedding
 from .vision_phi3_v import Phi3VImageEmbedding
-
-STOP_TOKEN_IDS = [32000, 32007]
-"""``<|endoftext|>`` and ``<|end|>`` of the published tokenizer: where generation ends."""
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -84,22 +82,43 @@ class Phi3VModel(Phi3VPreTrainedModel):
         """Embeds ids and puts image rows where ``image_token_id`` stands: (B, L) -> (B, L, hidden_size).
 
         Raises:
-            ValueError: the number of image positions is not what the images need.
+            ValueError: a row's image positions are not what its images need.
         """
         embedded = self.embed_tokens(input_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
             return embedded
         if image_sizes is None:
             raise ValueError("pixel_values came without image_sizes")
-        rows = self.vision_embed_tokens(pixel_values, image_sizes).to(embedded.dtype)
+        self.images_of_rows(input_ids, image_sizes)
+        image_rows = self.vision_embed_tokens(pixel_values, image_sizes)
         is_image = input_ids == self.config.image_token_id
-        positions = int(is_image.sum())
-        if positions != rows.shape[0]:
-            raise ValueError(
-                f"the text holds {positions} image positions but the {len(image_sizes)} images need {rows.shape[0]}: "
-                "text and images were prepared with different num_crops, or the text was cut inside an image"
-            )
-        return embedded.masked_scatter(is_image[..., None], rows)
+        return embedded.masked_scatter(is_image[..., None], image_rows.to(embedded.device, embedded.dtype))
+
+    def images_of_rows(self, input_ids: torch.Tensor, image_sizes: torch.Tensor) -> list[list[int]]:
+        """Returns for every row of ``input_ids`` (B, L) the indices of its images, from their token counts.
+
+        Raises:
+            ValueError: a row's image positions are not what its images need, or images are left over.
+        """
+        crop_px, per_side = self.config.crop_px, self.config.tokens_per_side
+        costs = [num_image_tokens((h // crop_px, w // crop_px), per_side) for h, w in image_sizes.tolist()]
+        rows: list[list[int]] = []
+        taken = 0
+        for index, positions in enumerate((input_ids == self.config.image_token_id).sum(dim=1).tolist()):
+            first, needed = taken, 0
+            while needed < positions and taken < len(costs):
+                needed += costs[taken]
+                taken += 1
+            if needed != positions:
+                raise ValueError(
+                    f"row {index} of the batch holds {positions} image positions but its {taken - first} images need "
+                    f"{needed}: text and images were prepared with different num_crops, their order differs, or the "
+                    "text was cut inside an image"
+                )
+            rows.append(list(range(first, taken)))
+        if taken < len(costs):
+            raise ValueError(f"the text shows {taken} images but {len(costs)} were given")
+        return rows
 
     @merge_with_config_defaults
     @capture_outputs
@@ -120,9 +139,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
+            if pixel_values is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+                self._refuse_missing_images(input_ids)
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
         causal_mask = create_causal_mask(
@@ -132,6 +151,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        # Made after the mask: transformers looks for a packed row's restarting positions only where there is no cache.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
@@ -147,6 +169,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _refuse_missing_images(self, input_ids: torch.Tensor) -> None:
+        positions = int((input_ids == self.config.image_token_id).sum())
+        if positions:
+            raise ValueError(f"the text holds {positions} image positions but no pixel_values were given")
 
     @staticmethod
     def _positions(
@@ -185,8 +212,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         settings = self.generation_config
         if settings is None:
             settings = self.generation_config = GenerationConfig()
-        if settings.eos_token_id in (None, PUBLISHED_WRONG_EOS, self.config.eos_token_id):
-            settings.eos_token_id = list(STOP_TOKEN_IDS)
+        if settings.eos_token_id in (None, PUBLISHED_WRONG_EOS):
+            settings.eos_token_id = self.config.eos_token_id
         settings.pad_token_id = self.config.pad_token_id
         settings.bos_token_id = self.config.bos_token_id
 
@@ -215,6 +242,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         supervised_only: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -234,6 +262,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 without them the mean over supervised tokens.
             supervised_only: compute logits at supervised positions only and return none; needs ``labels`` and
                 ``loss_weights``.
+            num_items_in_batch: without ``loss_weights``: divide the summed loss by this instead of the mean's number.
             logits_to_keep: positions from the end to compute logits for; 0 = all.
 
         Returns:
@@ -259,7 +288,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
             if labels is not None and loss_weights is None:
-                loss = mean_token_loss(logits, labels)
+                loss = mean_token_loss(logits, labels, num_items_in_batch)
         elif loss is None:
             raise ValueError("supervised_only needs labels and loss_weights")
         return CausalLMOutputWithPast(
@@ -276,6 +305,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -284,7 +314,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Cached keys were rotated with the short factors; from the first position past
         ``original_max_position_embeddings`` the row needs the long ones everywhere.
         """
-        if past_key_values is not None and self._changes_rope_factors(input_ids, past_key_values, attention_mask):
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        length = past + (next_sequence_length or 1)
+        if self._changes_rope_factors(past, length, attention_mask):
+            if inputs_embeds is not None:  # the prompt; what was generated since then stands at the end of input_ids
+                generated = input_ids[:, inputs_embeds.shape[1] - length :]
+                inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(generated)], dim=1)
             past_key_values = None
             next_sequence_length = None
             is_first_iteration = True
@@ -294,21 +329,37 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
 
-    def _changes_rope_factors(
-        self, input_ids: torch.Tensor, past_key_values: Cache, attention_mask: torch.Tensor | None
-    ) -> bool:
+    def _changes_rope_factors(self, past: int, length: int, attention_mask: torch.Tensor | None) -> bool:
+        """Says whether a row outgrows the short factors between ``past`` and ``length`` positions, padding included."""
         limit = self.config.original_max_position_embeddings
-        past = past_key_values.get_seq_length()
-        if self.config.rope_mode != "auto" or past == 0 or input_ids.shape[1] <= limit:
+        if self.config.rope_mode != "auto" or past == 0 or length <= limit:
             return False
         if attention_mask is None or attention_mask.ndim != 2:
             return past <= limit
         before, now = attention_mask[:, :past].sum(dim=1), attention_mask.sum(dim=1)
         return bool(((before <= limit) & (now > limit)).any())
+
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats every row together with its own images, for beams and several samples a prompt.
+
+        transformers repeats image by image, which is another order as soon as a row has two images.
+        """
+        sizes = model_kwargs.get("image_sizes")
+        own: dict[str, torch.Tensor] = {}
+        if expand_size > 1 and sizes is not None and input_ids is not None and input_ids.shape[1] > 0:
+            order = [image for row in self.model.images_of_rows(input_ids, sizes) for image in row * expand_size]
+            own = {key: model_kwargs.pop(key)[order] for key in ("pixel_values", "image_sizes")}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **own}
 
 
 __all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]

@@ -13,13 +13,30 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError
-from .image_processing_phi3_v import Phi3VImageProcessor
+from .image_processing_phi3_v import Phi3VImageProcessor, size_of
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PADDING = (True, False, "longest", "do_not_pad")
+PUBLISHED_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{- '<|assistant|>\n' -}}"
+    "{% endif %}"
+)
+CHAT_TEMPLATE = (
+    "{% set images = namespace(count=0) %}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}"
+    "{% set images.count = images.count + 1 %}{{ '<|image_' + images.count|string + '|>\n' }}"
+    "{% else %}{{ raise_exception('a message may hold text and image parts only') }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{- '<|assistant|>\n' -}}"
+    "{% endif %}"
+)
+"""The published template, and also messages made of parts, whose images it numbers over the whole conversation."""
 
 
 class Phi3VProcessor(ProcessorMixin):
@@ -42,7 +59,10 @@ class Phi3VProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerFast,
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if chat_template is None:
+            is_published = tokenizer.chat_template == PUBLISHED_CHAT_TEMPLATE
+            chat_template = CHAT_TEMPLATE if is_published else tokenizer.chat_template  # pyright: ignore
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token_id = self._special_id(IMAGE_TOKEN)
         self.stop_token_ids = [self._special_id(END_OF_TEXT), self._special_id(END_OF_TURN)]
         self.bos_token_id = self._special_id("<s>")
@@ -84,7 +104,12 @@ class Phi3VProcessor(ProcessorMixin):
             image_token_counts: decoder positions of every image that the conversation numbers.
             add_bos: put ``<s>`` before the first piece, as at the start of a conversation. The piece after an image
                 always has its own ``<s>``.
+
+        Raises:
+            ValueError: the text itself holds ``<|image|>``, which would be taken for a position of an image.
         """
+        if IMAGE_TOKEN in text:
+            raise ValueError(f"the text holds {IMAGE_TOKEN}, which stands for image positions; tags are <|image_1|>")
         pieces = IMAGE_TAG.split(text)
         ids = [self.bos_token_id] if add_bos else []
         ids += self.tokenizer.encode(pieces[0], add_special_tokens=False)
@@ -98,10 +123,11 @@ class Phi3VProcessor(ProcessorMixin):
         self,
         text: str | Sequence[str],
         images: Image.Image | Sequence[Any] | None = None,
-        return_tensors: str | None = None,
+        return_tensors: str | None = "pt",
         padding: bool | str = True,
         padding_side: str | None = None,
         num_crops: int | None = None,
+        **unsupported: Any,
     ) -> BatchFeature:
         """Encodes one text or a batch of texts with their images.
 
@@ -110,33 +136,35 @@ class Phi3VProcessor(ProcessorMixin):
             images: the images, in tag number order: one image, a flat list shared out by each text's number of tags,
                 or a list of lists.
             return_tensors: ``"pt"``, ``"np"`` or None.
-            padding: pad to the longest text; with False texts keep their lengths.
+            padding: True or ``"longest"``: pad to the longest text; False or ``"do_not_pad"``: texts keep their
+                lengths, which needs ``return_tensors=None`` where they differ.
             padding_side: ``"left"`` for generation in batches; default the tokenizer's own side.
             num_crops: overrides the image processor's own.
+            unsupported: keywords that callers of any processor pass as None, such as ``videos``.
 
         Returns:
             ``input_ids`` and ``attention_mask``: (B, L). With images also ``pixel_values``: (N, C, 3, crop, crop) and
             ``image_sizes``: (N, 2), in the order the images stand in the texts.
 
         Raises:
-            ValueError: tags and images do not match, naming the text.
+            ValueError: tags and images do not match, naming the text; or another ``padding``.
+            TypeError: a keyword that this processor does not know.
         """
+        given = sorted(key for key, value in unsupported.items() if value is not None)
+        if given:
+            raise TypeError(f"Phi3VProcessor does not take {', '.join(given)}")
+        if padding not in PADDING:
+            raise ValueError(f"padding is {padding!r}, must be one of {', '.join(map(repr, PADDING))}")
         texts = [text] if isinstance(text, str) else list(text)
         shared_out = self._share_out(texts, images)
         rows: list[list[int]] = []
         ordered: list[Any] = []
         for prompt, own_images in zip(texts, shared_out, strict=True):
-            counts = []
-            if own_images:
-                sizes = [
-                    (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-                    for image in own_images
-                ]
-                counts = [self.image_processor.image_token_count(*size, num_crops=num_crops) for size in sizes]
+            counts = [self.image_processor.image_token_count(*size_of(image), num_crops) for image in own_images]
             rows.append(self.encode(prompt, counts))
             ordered += [own_images[index] for index in self.image_order(prompt)]
         data: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-        if padding:
+        if padding in (True, "longest"):
             longest = max(map(len, rows))
             side = padding_side or self.tokenizer.padding_side
             for key, fill in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
@@ -156,9 +184,9 @@ class Phi3VProcessor(ProcessorMixin):
         wanted = [len(self.image_order(text)) for text in texts]
         if images is None:
             images = []
-        elif not isinstance(images, Sequence):
+        elif not isinstance(images, Sequence) or isinstance(images, str):
             images = [images]
-        if images and isinstance(images[0], Sequence):
+        if images and isinstance(images[0], Sequence) and not isinstance(images[0], str):
             shared_out = [list(own) for own in images]
         elif len(texts) == 1:
             shared_out = [list(images)]
@@ -180,12 +208,17 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, pretrained_model_name_or_path: str | Path, num_crops: int | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        num_crops: int | None = None,
+        padding_side: str | None = None,
+        **kwargs: Any,
     ) -> "Phi3VProcessor":
         """Loads a published-layout folder or hub id; never asks for or runs remote code.
 
         Args:
             num_crops: overrides ``preprocessor_config.json``'s.
+            padding_side: overrides ``tokenizer_config.json``'s.
             kwargs: ``cache_dir``, ``revision``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``.
 
         Raises:
@@ -196,6 +229,7 @@ class Phi3VProcessor(ProcessorMixin):
         overrides = {} if num_crops is None else {"num_crops": num_crops}
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **overrides, **hub)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub)
+        tokenizer.padding_side = padding_side or tokenizer.padding_side
         processor = cls(image_processor, tokenizer)
         for name in TOKENIZER_FILES:
             file = cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub)

@@ -13,8 +13,9 @@ class Phi3VRotaryEmbedding(nn.Module):
     """Cosines and sines of LongRoPE.
 
     A sequence whose positions stay below ``original_max_position_embeddings`` uses the short factors, a longer one the
-    long factors, whatever its neighbours in the batch are; ``rope_mode`` ``short`` or ``long`` fixes the choice. The
-    published code and transformers choose once for the whole batch, so that a long sample changes a short one's logits.
+    long factors, whatever its neighbours in the batch or in its row are; ``rope_mode`` ``short`` or ``long`` fixes the
+    choice. The published code and transformers choose once for the whole batch, so that a long sample changes a short
+    one's logits. In a packed row a sequence begins wherever a position is not the one before plus one.
 
     The frequencies are made from the configuration in float32 and kept out of the module's buffers: casting the model
     to 16 bit must not round them.
@@ -25,15 +26,12 @@ class Phi3VRotaryEmbedding(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         rope: dict[str, Any] = dict(config.rope_parameters or {})
-        head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
         self.original_positions = config.original_max_position_embeddings
         self.mode = config.rope_mode
-        wavelengths = [rope["rope_theta"] ** (2 * index / head_dim) for index in range(head_dim // 2)]
-        ones = [1.0] * len(wavelengths)
-        self._inverse_frequencies = [
-            [1.0 / (factor * wavelength) for factor, wavelength in zip(factors, wavelengths, strict=True)]
-            for factors in (rope.get("short_factor") or ones, rope.get("long_factor") or ones)
-        ]
+        self.theta = rope["rope_theta"]
+        ones = [1.0] * (self.head_dim // 2)
+        self.factors = [rope.get("short_factor") or ones, rope.get("long_factor") or ones]
         self.scaling = 1.0
         if rope.get("long_factor") and config.max_position_embeddings > self.original_positions:
             ratio = config.max_position_embeddings / self.original_positions
@@ -41,18 +39,30 @@ class Phi3VRotaryEmbedding(nn.Module):
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     def is_long(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Says per sequence whether the long factors apply. position_ids: (B, L) int64 -> (B,) bool."""
-        if self.mode == "auto":
-            return position_ids.amax(dim=1) >= self.original_positions
-        return torch.full(position_ids.shape[:1], self.mode == "long", device=position_ids.device)
+        """Says for every position whether its sequence uses the long factors: (B, L) int64 -> (B, L) bool."""
+        if self.mode != "auto":
+            return torch.full_like(position_ids, self.mode == "long", dtype=torch.bool)
+        begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+        sequence = begins.cumsum(dim=1)
+        last = torch.zeros(position_ids.shape[0], position_ids.shape[1] + 1, dtype=torch.int64, device=sequence.device)
+        last.scatter_reduce_(1, sequence, position_ids, reduce="amax")
+        return last.gather(1, sequence) >= self.original_positions
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids: (B, L) int64 -> cosines and sines, (B, L, head_dim) of ``dtype``, computed in float32."""
         device = position_ids.device
         if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self._inverse_frequencies, dtype=torch.float32, device=device)
+            self._on_device[device] = self._inverse_frequencies().to(device)
         inverse_frequencies = self._on_device[device][self.is_long(position_ids).long()]
-        angles = position_ids[..., None].float() * inverse_frequencies[:, None, :]
+        angles = position_ids[..., None].float() * inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+    def _inverse_frequencies(self) -> torch.Tensor:
+        """Returns the short and the long ones, (2, head_dim / 2) float32.
+
+        In float32 step by step, as the published code: what is exact here would be another angle at far positions.
+        """
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
+        return 1.0 / (torch.tensor(self.factors, dtype=torch.float32, device="cpu") * self.theta**exponents)

@@ -74,8 +74,17 @@ class Phi3VImageEmbedding(nn.Module):
         Returns:
             (rows, hidden_size): per image the tile grid row by row, each row closed by ``sub_GN``; then ``glb_GN``;
             then the global view, its rows closed by ``sub_GN`` too.
+
+        Raises:
+            ValueError: an image has fewer crops than its size needs.
         """
         grids = [(height // self.crop_px, width // self.crop_px) for height, width in image_sizes.tolist()]
+        most = max(rows * columns + 1 for rows, columns in grids)
+        if len(grids) != pixel_values.shape[0] or most > pixel_values.shape[1]:
+            raise ValueError(
+                f"pixel_values hold {pixel_values.shape[0]} images of {pixel_values.shape[1]} crops, but image_sizes "
+                f"are of {len(grids)} images that need up to {most} crops"
+            )
         crops = torch.cat([pixel_values[index, : rows * columns + 1] for index, (rows, columns) in enumerate(grids)])
         features = merge_neighbours(self.img_processor(crops.to(self.sub_GN.dtype)))
         rows_of_images: list[torch.Tensor] = []
@@ -85,7 +94,7 @@ class Phi3VImageEmbedding(nn.Module):
             start += 1 + rows * columns
             side = tiles.shape[1]
             grid = tiles.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-            rows_of_images += [self._close_rows(grid), self.glb_GN[0], self._close_rows(global_view)]
+            rows_of_images += [self._close_rows(grid), self.glb_GN[0].to(grid.dtype), self._close_rows(global_view)]
         return self.img_projection(torch.cat(rows_of_images))
 
     def _close_rows(self, grid: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,217 @@
+"""The trainability audit: does every part that should learn get a gradient, on one real batch, before step 1?"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from phi3v.config import TrainConfig
+from phi3v.errors import ConfigError
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.parts import PARTS, is_never_used, part_of
+from phi3v.train.tuning import Precision, adaptable_modules, learning_rate_of
+
+_LOSS_SCALES = (65536.0, 1024.0, 16.0, 1.0)
+"""Factors tried on an fp16 loss, highest first: small gradients vanish in fp16 without one, and large ones overflow."""
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PartAudit:
+    """What one part of the model is and does in this run.
+
+    Attributes:
+        part: one of ``PARTS``.
+        should_learn: whether the configuration asks this part to change.
+        learning_rate: its highest learning rate; None when it should not learn.
+        parameters: all of its numbers, adapters not counted.
+        unused_by_design: those of them that no computation reaches: CLIP's last layer and ``post_layernorm``.
+        trainable: numbers that the optimizer changes, adapters included.
+        linear_layers: layers that adapters can stand on.
+        lora_layers: those of them that have one.
+        gradient_norm: 2-norm of the batch's gradient over the part's trainable numbers; None without any gradient.
+        without_gradient: names of trainable tensors that the backward pass did not reach.
+    """
+
+    part: str
+    should_learn: bool
+    learning_rate: float | None
+    parameters: int
+    unused_by_design: int
+    trainable: int
+    linear_layers: int
+    lora_layers: int
+    gradient_norm: float | None
+    without_gradient: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The audit of one model on one batch.
+
+    Attributes:
+        parts: one entry a part, in the order of ``PARTS``.
+        loss: the batch's loss, mean over its samples or tokens.
+        problems: why training would not do what was asked; empty when it would.
+    """
+
+    parts: tuple[PartAudit, ...]
+    loss: float
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of ``audit.json``."""
+        totals = {
+            "parameters": sum(part.parameters for part in self.parts),
+            "trainable": sum(part.trainable for part in self.parts),
+        }
+        return {**totals, **dataclasses.asdict(self)}
+
+    def table(self) -> str:
+        """Returns the audit as aligned text, one line a part."""
+        rows = [("part", "parameters", "trainable", "adapters", "learning rate", "gradient norm")]
+        for part in self.parts:
+            rows.append(
+                (
+                    part.part,
+                    f"{part.parameters:,}" + (f" ({part.unused_by_design:,} unused)" if part.unused_by_design else ""),
+                    f"{part.trainable:,}",
+                    f"{part.lora_layers}/{part.linear_layers}" if part.linear_layers else "-",
+                    "-" if part.learning_rate is None else f"{part.learning_rate:g}",
+                    "-" if part.gradient_norm is None else f"{part.gradient_norm:.3g}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+    def require_trainable(self) -> None:
+        """Stops the run when a part would not learn.
+
+        Raises:
+            ConfigError: names the parts and the reasons.
+        """
+        if self.problems:
+            raise ConfigError("this run would not train what it should:\n- " + "\n- ".join(self.problems))
+
+
+def audit(
+    model: Phi3VForCausalLM | PeftModel, batch: Mapping[str, torch.Tensor], config: TrainConfig, precision: Precision
+) -> Audit:
+    """Runs one batch forward and backward and looks at the gradient of every part.
+
+    An adapter's A has a gradient of exactly zero while its B is zero, so a part with adapters is judged by all of its
+    tensors together. Weights, gradients, random states and the model's mode are afterwards what they were.
+
+    Args:
+        model: as it will be trained, on its device.
+        batch: a collated training batch on that device; with an image if vision or projector should learn.
+        config: what the run asks for.
+        precision: what it computes in.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, Phi3VForCausalLM)
+    loss = _backward(model, batch, precision)
+    parts = tuple(_audit_part(part, base, config) for part in PARTS)
+    has_images = "pixel_values" in batch
+    problems = [problem for part in parts for problem in _problems(part, base, has_images)]
+    model.zero_grad(set_to_none=True)
+    return Audit(parts=parts, loss=loss, problems=tuple(problems))
+
+
+def _backward(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: Precision) -> float:
+    """Leaves the batch's gradients in the model; returns its mean loss. Without a path to any weight: no gradients."""
+    device = batch["input_ids"].device
+    was_training = model.training
+    model.train()
+    model.zero_grad(set_to_none=True)
+    value = float("nan")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for scale in _LOSS_SCALES if precision.name == "fp16" else (1.0,):
+            with precision.autocast(device):
+                loss = model(**batch, supervised_only=True, use_cache=False).loss / batch["loss_weights"].sum()
+            value = float(loss.detach())
+            if not loss.requires_grad:
+                break
+            (loss * scale).backward()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                for gradient in gradients:
+                    gradient.div_(scale)
+                break
+            if scale != 1.0:
+                model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return value
+
+
+def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartAudit:
+    own = [(name, parameter) for name, parameter in base.named_parameters() if part_of(name) == part]
+    plain = [(name, parameter) for name, parameter in own if ".lora_" not in name]
+    trainable = [(name, parameter) for name, parameter in own if parameter.requires_grad]
+    num_vision_layers = base.config.vision_config.num_hidden_layers
+    gradients = [parameter.grad for _, parameter in trainable if parameter.grad is not None]
+    should_learn = part in config.trained_parts
+    adaptable = adaptable_modules(base, part)
+    return PartAudit(
+        part=part,
+        should_learn=should_learn,
+        learning_rate=learning_rate_of(part, config) if should_learn else None,
+        parameters=sum(parameter.numel() for _, parameter in plain),
+        unused_by_design=sum(parameter.numel() for name, parameter in plain if is_never_used(name, num_vision_layers)),
+        trainable=sum(parameter.numel() for _, parameter in trainable),
+        linear_layers=len(adaptable),
+        lora_layers=sum(isinstance(module, LoraLayer) for module in adaptable),
+        gradient_norm=float(torch.nn.utils.get_total_norm(gradients)) if gradients else None,
+        without_gradient=tuple(name for name, parameter in trainable if parameter.grad is None),
+    )
+
+
+def _problems(part: PartAudit, base: Phi3VForCausalLM, has_images: bool) -> Iterator[str]:
+    if not part.should_learn:
+        return
+    if not part.trainable:
+        yield (
+            f"{part.part} should learn at {part.learning_rate:g}, but none of its parameters is trainable: it is "
+            "frozen and has no adapter. Take it out of part_learning_rates, or out of freeze."
+        )
+        return
+    if not has_images and part.part in ("vision", "projector"):
+        yield (
+            f"{part.part} should learn, but no training sample has an image, so it never gets a gradient. "
+            f"Add {part.part} to freeze, or images to the data."
+        )
+        return
+    stuck = part.without_gradient
+    if stuck or not part.gradient_norm:
+        shown = ", ".join(stuck[:_NAMES_SHOWN]) + (
+            f" and {len(stuck) - _NAMES_SHOWN} more" * (len(stuck) > _NAMES_SHOWN)
+        )
+        found = f"the backward pass does not reach {shown}" if stuck else "its gradient is exactly zero"
+        yield f"{part.part} should learn, but {found}. {_likely_reason(base)}"
+    elif part.gradient_norm != part.gradient_norm or part.gradient_norm == float("inf"):
+        yield (
+            f"{part.part}'s gradient is not finite on the first batch. Use precision bf16 or fp32, and check that the "
+            "model's weights are finite."
+        )
+
+
+def _likely_reason(base: Phi3VForCausalLM) -> str:
+    if any(_is_reentrant(module) for module in base.modules()):
+        return (
+            "Gradient checkpointing is reentrant, which cuts the gradient of every layer whose input needs none: "
+            "enable it with use_reentrant=False."
+        )
+    return "Something between it and the loss is detached or runs under no_grad; freeze the part if that is meant."
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    checkpoint = vars(module).get("_gradient_checkpointing_func")
+    is_on = vars(module).get("gradient_checkpointing", False)
+    return is_on and isinstance(checkpoint, functools.partial) and bool(checkpoint.keywords.get("use_reentrant", True))

@@ -1,0 +1,408 @@
+"""The assembly of a training run: from a configuration to ``RUN/model``, in stages, each of which may be killed."""
+
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from peft import PeftModel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.logging import disable_progress_bar
+
+from phi3v.config import TrainConfig
+from phi3v.data.collate import Collator
+from phi3v.errors import ConfigError
+from phi3v.model.checkpoint import is_adapter, load_model, load_processor
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.placement import resolve_device
+from phi3v.model.processing_phi3_v import Phi3VProcessor
+from phi3v.report import write_report
+from phi3v.runlog import RunDirectory, environment, write_json
+from phi3v.train.audit import audit
+from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
+from phi3v.train.callbacks import (
+    KeepBest,
+    LogAtMilestones,
+    NonFiniteGuard,
+    ProgressLine,
+    RunLog,
+    SpeedMeter,
+    best_of,
+)
+from phi3v.train.checkpoints import CheckpointStore
+from phi3v.train.data import CheckedData, check_data
+from phi3v.train.evaluation import Scorer
+from phi3v.train.identity import identify
+from phi3v.train.rehearsal import rehearse_saving
+from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
+from phi3v.train.trainer import IMAGE_PARTS, Phi3VTrainer
+from phi3v.train.tuning import (
+    Precision,
+    choose_precision,
+    enable_gradient_checkpointing,
+    parameter_groups,
+    select_trainable,
+    wrap_lora,
+)
+from phi3v.train.weights import restore_weights, save_weights
+
+logger = logging.getLogger(__name__)
+
+Model = Phi3VForCausalLM | PeftModel
+
+PROCESSES_WAIT_S = 4 * 3600
+"""How long processes wait for each other: the first one takes the scores while the others wait."""
+
+CHECK_FILE = "data-check.json"
+"""What the data check found, beside the checkpoints."""
+
+SAMPLES_NAMED = 8
+"""Sample ids that a message names."""
+
+
+class Room(NamedTuple):
+    """What every stage of a run works with."""
+
+    config: TrainConfig
+    args: TrainingArguments
+    precision: Precision
+    run: RunDirectory
+    store: CheckpointStore
+    processor: Phi3VProcessor
+    data: CheckedData
+    identity: dict[str, Any]
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes the run's files: the first of all."""
+        return self.args.process_index == 0
+
+
+def run_training(config: TrainConfig) -> Path:
+    """Trains as ``config`` says, or goes on with the run that ``config.output_dir`` holds.
+
+    Returns:
+        The run directory; its ``model`` folder holds the result.
+
+    Raises:
+        ConfigError: settings that cannot work together or on this machine, or a part that would not learn.
+        DataError: bad samples, before the model is loaded.
+        CapacityError: too little disk space for what the run will keep.
+        CheckpointError: no model at that path, or a directory that belongs to another run.
+        Phi3VError: a loss that is not finite.
+    """
+    device = resolve_device(config.device)
+    precision = choose_precision(config, device)
+    args = training_arguments(config, device, precision)
+    show_messages(is_writer=args.process_index == 0)
+    run = RunDirectory(config.output_dir)
+    store = CheckpointStore(run.checkpoints_dir, config.keep_checkpoints)
+    with sole_writer(run) if args.process_index == 0 else nullcontext():
+        if args.process_index == 0:
+            refuse_existing_run(config, run, store)
+        processor = load_processor(config.model, num_crops=config.num_crops)
+        data = check_data(config, processor, store.root / CHECK_FILE, args)
+        identity = identify(
+            config,
+            precision=precision.name,
+            train_fingerprint=data.train.fingerprint(),
+            eval_fingerprint=None if data.eval is None else data.eval.fingerprint(),
+            world_size=args.world_size,
+        )
+        room = Room(config, args, precision, run, store, processor, data, identity)
+        start = open_run(room)
+        if start.is_finished:
+            logger.info("%s is finished: its result is %s.", run.path, run.model_dir)
+            if room.is_writer and not run.report_path.exists():
+                write_report(run.path)
+            return run.path
+        model = build_model(config, precision, args.device)
+        scorer = build_scorer(room, model)
+        if start.result_step is None:
+            prepare(room, model, scorer)
+            result_step = train(room, model, scorer, start)
+            save_result(room, model, result_step)
+        else:
+            result_step = start.result_step
+            restore_weights(model, run.model_dir)
+        if scorer is not None:
+            scorer.score(result_step, "after")
+        if room.is_writer:
+            write_report(run.path)
+    return run.path
+
+
+def training_arguments(config: TrainConfig, device: str, precision: Precision) -> TrainingArguments:
+    """Translates the configuration for Trainer, and joins the other processes when there are some.
+
+    Raises:
+        ConfigError: the effective batch does not divide among the processes.
+    """
+    args = TrainingArguments(
+        output_dir=str(RunDirectory(config.output_dir).checkpoints_dir),
+        per_device_train_batch_size=config.micro_batch_size,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        bf16=precision.name == "bf16",
+        fp16=precision.name == "fp16",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # it would show the mean of earlier losses in place of one that is not finite
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 1,
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
+        report_to=[name for name in config.report_to if name != "tensorboard"] or "none",
+        run_name=config.output_dir.name,
+        seed=config.seed,
+        dataloader_num_workers=config.num_workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        use_cache=True,  # what config.json will say; the training forward passes use_cache=False itself
+        ddp_find_unused_parameters=False,  # Phi3VTrainer.compute_loss reaches every parameter
+        ddp_timeout=PROCESSES_WAIT_S,
+    )
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible and one is used; start with torchrun to use all.", args.n_gpu)
+        args._n_gpu = 1
+    args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
+    return args
+
+
+def accumulation_steps(config: TrainConfig, num_processes: int) -> int:
+    """Returns how many micro-batches of one process make up its share of an optimizer step.
+
+    Raises:
+        ConfigError: not a whole number; names the nearest batch sizes that fit.
+    """
+    at_once = config.micro_batch_size * num_processes
+    steps, rest = divmod(config.batch_size, at_once)
+    if rest:
+        fitting = [size for size in (steps * at_once, (steps + 1) * at_once) if size]
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which does not divide into {num_processes} processes times "
+            f"micro_batch_size {config.micro_batch_size}; set batch_size to {' or '.join(map(str, fitting))}"
+        )
+    return steps
+
+
+def open_run(room: Room) -> Start:
+    """Lets the first process decide how this start relates to the directory, and tells the others."""
+    start = [decide_start(room.config, room.run, room.store, room.identity) if room.is_writer else None]
+    if room.args.world_size > 1:
+        broadcast_object_list(start)
+    (decided,) = start
+    assert decided is not None
+    if room.is_writer and decided.result_step is None:
+        room.run.create(room.config.to_yaml(), environment(gpus=describe_gpus(room.args.device)))
+        room.run.write_data(room.data.summaries)
+    return decided
+
+
+def build_model(config: TrainConfig, precision: Precision, device: torch.device) -> Model:
+    """Loads the model and makes trainable what the run trains.
+
+    Raises:
+        ConfigError: ``config.model`` is an adapter.
+    """
+    if is_adapter(config.model):
+        raise ConfigError(
+            f"model is {config.model}, an adapter; training starts from a whole model: merge it first (phi3v merge "
+            f"{config.model} MERGED) and train MERGED"
+        )
+    model = load_model(
+        config.model, dtype=precision.weights, attention=config.attention, rope_mode=config.rope_mode, device=device
+    )
+    assert isinstance(model, Phi3VForCausalLM)
+    select_trainable(model, config)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if config.method != "lora":
+        return model
+    set_seed(config.seed)
+    return wrap_lora(model, config)
+
+
+def build_scorer(room: Room, model: Model) -> Scorer | None:
+    """Returns what takes the run's scores; None without evaluation data."""
+    if room.data.eval is None:
+        return None
+    return Scorer(
+        model,
+        room.processor,
+        room.data.eval,
+        config=room.config,
+        precision=room.precision,
+        args=room.args,
+        run=room.run,
+    )
+
+
+def prepare(room: Room, model: Model, scorer: Scorer | None) -> None:
+    """Does before step 1 what would hurt most to find out later: audit, rehearsal, first score."""
+    if room.is_writer:
+        batch = audit_batch(room)
+        on_device = {name: tensor.to(room.args.device) for name, tensor in batch.items()}
+        found = audit(model, on_device, room.config, room.precision)
+        room.run.write_audit(found.to_dict())
+        logger.info("%s", found.table())
+        found.require_trainable()
+        rehearse_saving(model, room.processor, room.store, room.config)
+    if scorer is not None and room.config.eval_before:
+        scorer.score(0, "before")
+
+
+def audit_batch(room: Room) -> dict[str, torch.Tensor]:
+    """Returns a batch of one training sample; one with an image where a part that only images reach should learn."""
+    dataset = room.data.train
+    index = 0
+    if any(part in IMAGE_PARTS for part in room.config.trained_parts):
+        index = next((number for number in range(len(dataset)) if dataset[number].images), 0)
+    return make_collator(room)([TrainingSamples(dataset, room.data.encoder)[Draw(index)]])
+
+
+def train(room: Room, model: Model, scorer: Scorer | None, start: Start) -> int:
+    """Runs the optimizer steps that are left and puts the weights to keep into the model; returns their step."""
+    trainer = build_trainer(room, model, scorer, start)
+    if start.is_training_over(room.config):
+        assert start.checkpoint is not None
+        restore_weights(model, start.checkpoint.folder)
+        last_step, history = start.checkpoint.step, start.checkpoint.trainer_state()["log_history"]
+    else:
+        # Whatever ran before, training starts from the same random state; a resumed run replaces it.
+        set_seed(room.config.seed + room.args.process_index)
+        trainer.train(resume_from_checkpoint=str(start.checkpoint.folder) if start.checkpoint else None)
+        last_step, history = trainer.state.global_step, trainer.state.log_history
+    best = best_of(history) if keeps_best(room.config) else None
+    if best is None or best.step == last_step:
+        return last_step
+    logger.info("The result is step %d, whose score was the best: %.4f.", best.step, best.score)
+    restore_weights(model, room.store.folder(best.step))
+    return best.step
+
+
+def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start) -> Phi3VTrainer:
+    """Puts the trainer together, with its optimizer and callbacks."""
+    config, args, store = room.config, room.args, room.store
+    sampler = WindowSampler(
+        range(len(room.data.train)),
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+    )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=args.device.type == "cuda",
+    )
+    trainer = Phi3VTrainer(
+        model,
+        args,
+        samples=TrainingSamples(room.data.train, room.data.encoder),
+        sampler=sampler,
+        collator=make_collator(room),
+        loss_weighting=config.loss_weighting,
+        optimizer=optimizer,
+        save_weights=lambda folder: save_weights(model, room.processor, folder),
+        commit_checkpoint=lambda step: commit_checkpoint(room, step),
+        staging=store.staging,
+        evaluate_now=scorer.score_during if scorer is not None and config.eval_steps is not None else None,
+        callbacks=[LogAtMilestones(), KeepBest(keeps_best(config), config.early_stopping_patience)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(NonFiniteGuard(trainer, lambda step: name_samples(room, sampler, step), store.describe_newest))
+    meter = SpeedMeter(trainer, earlier_s=seconds_trained(room.run))
+    trainer.measure_speed = meter.read
+    trainer.add_callback(meter)
+    if room.is_writer:
+        add_reporters(trainer, room, start)
+    return trainer
+
+
+def add_reporters(trainer: Phi3VTrainer, room: Room, start: Start) -> None:
+    """Adds what shows and records the run; W&B and others come through Trainer's ``report_to``."""
+    if "tensorboard" in room.config.report_to:
+        # What a killed run logged beyond its checkpoint is hidden, for the resumed run logs it again.
+        first_step = 0 if start.checkpoint is None else start.checkpoint.step + 1
+        writer = SummaryWriter(log_dir=str(room.run.tensorboard_dir), purge_step=first_step)
+        trainer.add_callback(TensorBoardCallback(writer))
+    trainer.add_callback(RunLog(room.run))
+    trainer.add_callback(ProgressLine())
+
+
+def make_collator(room: Room) -> Collator:
+    """Returns the collator of training batches."""
+    return Collator(room.processor.tokenizer.pad_token_id, loss_weighting=room.config.loss_weighting)
+
+
+def commit_checkpoint(room: Room, step: int) -> None:
+    """Completes a checkpoint, notes the best one, and only then deletes what is no longer kept."""
+    checkpoint = room.store.commit(step, room.identity)
+    best = best_of(checkpoint.trainer_state()["log_history"]) if keeps_best(room.config) else None
+    if best is not None:
+        room.run.write_best({"step": best.step, "score": best.score, "metric": room.config.eval_metric})
+    room.store.prune(protect=() if best is None else (best.step,))
+
+
+def keeps_best(config: TrainConfig) -> bool:
+    """Whether the result is the checkpoint with the best mid-run score."""
+    return config.keep_best and config.eval_steps is not None
+
+
+def save_result(room: Room, model: Model, step: int) -> None:
+    """Writes ``RUN/model``."""
+    if room.is_writer:
+        write_json(room.store.root / RESULT_FILE, {"step": step})
+        save_weights(model, room.processor, room.run.model_dir)
+        logger.info("Step %d is saved in %s.", step, room.run.model_dir)
+
+
+def name_samples(room: Room, sampler: WindowSampler, step: int) -> str:
+    """Names the samples of an optimizer step (0-based)."""
+    ids = [room.data.train[index].id for index in sampler.window(step)]
+    more = len(ids) - SAMPLES_NAMED
+    return ", ".join(ids[:SAMPLES_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def seconds_trained(run: RunDirectory) -> float:
+    """Returns the training time that the run's log ends with."""
+    steps = run.steps()
+    return float(steps[-1].get("elapsed_s") or 0.0) if steps else 0.0
+
+
+def describe_gpus(device: torch.device) -> list[dict[str, Any]]:
+    """Describes the GPUs that this machine offers, for ``environment.json``."""
+    if device.type != "cuda":
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"} for gpu in found
+    ]
+
+
+def show_messages(is_writer: bool) -> None:
+    """Shows the package's messages on standard error, above a progress bar; those of the first process only."""
+    disable_progress_bar()  # transformers shows one for every shard that it reads or writes
+    package = logging.getLogger("phi3v")
+    package.setLevel(logging.INFO if is_writer else logging.ERROR)
+    if not package.handlers:
+        package.addHandler(_BarHandler())
+
+
+class _BarHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)

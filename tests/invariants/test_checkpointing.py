@@ -1,0 +1,26 @@
+"""Recomputing activations changes memory and time, and no number."""
+
+from pathlib import Path
+
+import pytest
+from training import final_weights, largest_difference, logged, make_config, write_training_data
+
+from phi3v.train.run import run_training
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_on_equals_off(method: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """With dropout in the adapters, too: the recomputation draws the same masks."""
+    data = write_training_data(tmp_path / "data")
+    dropout = {"lora_rank": 2, "lora_dropout": 0.3} if method == "lora" else {}
+    on, off = (
+        run_training(
+            make_config(
+                tiny_dir, data, tmp_path / str(is_on), method=method, gradient_checkpointing=is_on, max_steps=3,
+                save_steps=None, **dropout,
+            )  # fmt: skip
+        )
+        for is_on in (True, False)
+    )
+    assert [line["loss"] for line in logged(on)] == [line["loss"] for line in logged(off)]
+    assert largest_difference(final_weights(on), final_weights(off)) == 0.0

@@ -1,0 +1,147 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import write_training_data
+
+from phi3v.config import TrainConfig
+from phi3v.data.collate import Collator
+from phi3v.data.dataset import ConversationDataset
+from phi3v.data.encode import SampleEncoder
+from phi3v.errors import ConfigError
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.processing_phi3_v import Phi3VProcessor
+from phi3v.train.audit import Audit, audit
+from phi3v.train.tuning import Precision, enable_gradient_checkpointing, select_trainable, wrap_lora
+
+FP32 = Precision("fp32", "float32")
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def batches(processor: Phi3VProcessor, tmp_path: Path) -> dict[str, Batch]:
+    """One sample without images and one with two."""
+    dataset = ConversationDataset(write_training_data(tmp_path / "data") / "train.jsonl")
+    encode, collate = SampleEncoder(processor).encode, Collator(processor.tokenizer.pad_token_id)
+    samples = {"text": dataset[0], "images": dataset[2]}
+    return {name: collate([encode(sample, dataset.load_images(sample))]) for name, sample in samples.items()}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl")], **changes)
+
+
+def prepared(model: Phi3VForCausalLM, settings: TrainConfig) -> Any:
+    select_trainable(model, settings)
+    return wrap_lora(model, settings) if settings.method == "lora" else model
+
+
+def parts(found: Audit) -> dict[str, Any]:
+    return {part.part: part for part in found.parts}
+
+
+def test_full_fine_tuning(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    found = audit(prepared(tiny_model, config()), batches["images"], config(), FP32)
+    assert found.problems == ()
+    found.require_trainable()
+    for part in found.parts:
+        assert part.gradient_norm is not None and part.gradient_norm > 0
+        assert part.trainable == part.parameters - part.unused_by_design
+        assert part.learning_rate == 4e-5 and part.lora_layers == 0
+    assert sum(part.parameters for part in found.parts) == sum(p.numel() for p in tiny_model.parameters())
+    last_layer = tiny_model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers[-1]
+    assert parts(found)["vision"].unused_by_design == sum(p.numel() for p in last_layer.parameters()) + 2 * 32
+    assert "vision" in found.table() and found.to_dict()["trainable"] == sum(part.trainable for part in found.parts)
+
+
+def test_adapters_at_their_start_have_a_gradient_in_b_only_and_pass(
+    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]
+) -> None:
+    settings = config(method="lora", lora_rank=2)
+    model = prepared(tiny_model, settings)
+    found = audit(model, batches["images"], settings, FP32)
+    assert found.problems == ()
+    layers = {name: (part.lora_layers, part.linear_layers) for name, part in parts(found).items()}
+    assert layers == {"vision": (12, 12), "projector": (2, 2), "decoder": (8, 8), "embeddings": (0, 0), "head": (1, 1)}
+    assert parts(found)["embeddings"].gradient_norm is None
+
+
+def test_reentrant_checkpointing_is_found_out(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    """CLIP's input needs no gradient: a reentrant checkpoint drops that of the adapters inside."""
+    settings = config(method="lora", lora_rank=2)
+    select_trainable(tiny_model, settings)
+    tiny_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    found = audit(wrap_lora(tiny_model, settings), batches["images"], settings, FP32)
+    (problem,) = found.problems
+    assert problem.startswith("vision should learn") and "use_reentrant=False" in problem
+    with pytest.raises(ConfigError, match="vision should learn"):
+        found.require_trainable()
+
+
+def test_our_checkpointing_passes(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    settings = config(method="lora", lora_rank=2)
+    select_trainable(tiny_model, settings)
+    enable_gradient_checkpointing(tiny_model)
+    assert audit(wrap_lora(tiny_model, settings), batches["images"], settings, FP32).problems == ()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_part_cut_off_from_the_loss_is_named(
+    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch], method: str
+) -> None:
+    settings = config(method=method)
+    model = prepared(tiny_model, settings)
+    tower = tiny_model.model.vision_embed_tokens.img_processor
+    tower.register_forward_hook(lambda module, inputs, output: output.detach())
+    found = audit(model, batches["images"], settings, FP32)
+    (problem,) = found.problems
+    assert problem.startswith("vision should learn, but the backward pass does not reach model.vision_embed_tokens")
+    assert parts(found)["vision"].without_gradient
+
+
+def test_a_part_whose_gradient_is_zero_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    model = prepared(tiny_model, config())
+    tiny_model.model.vision_embed_tokens.img_projection[2].weight.data.zero_()
+    problems = audit(model, batches["images"], config(), FP32).problems
+    assert [problem.split(".")[0] for problem in problems] == [
+        "vision should learn, but its gradient is exactly zero"
+    ]
+
+
+def test_a_frozen_part_with_a_learning_rate_is_named(
+    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]
+) -> None:
+    settings = config(part_learning_rates={"projector": 1e-3})
+    model = prepared(tiny_model, settings)
+    tiny_model.model.vision_embed_tokens.img_projection.requires_grad_(False)
+    tiny_model.model.vision_embed_tokens.glb_GN.requires_grad_(False)
+    tiny_model.model.vision_embed_tokens.sub_GN.requires_grad_(False)
+    (problem,) = audit(model, batches["images"], settings, FP32).problems
+    assert "projector should learn at 0.001, but none of its parameters is trainable" in problem
+
+
+def test_image_parts_without_images_are_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    problems = audit(prepared(tiny_model, config()), batches["text"], config(), FP32).problems
+    assert [problem.partition(",")[0] for problem in problems] == ["vision should learn", "projector should learn"]
+    assert all("no training sample has an image" in problem for problem in problems)
+    frozen = config(method="frozen_vision")
+    assert audit(prepared(tiny_model, frozen), batches["text"], frozen, FP32).problems == ()
+
+
+def test_a_gradient_that_is_not_finite_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    tiny_model.lm_head.weight.data[5, 5] = float("inf")
+    problems = audit(prepared(tiny_model, config()), batches["images"], config(), FP32).problems
+    assert problems and all("not finite" in problem for problem in problems)
+
+
+def test_nothing_is_left_behind(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+    settings = config(method="lora", lora_dropout=0.5)
+    model = prepared(tiny_model, settings).eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    audit(model, batches["images"], settings, FP32)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,81 @@
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3v.config import TrainConfig
+from phi3v.errors import CheckpointError
+from phi3v.train.identity import DECIDES, FREE, ROUNDS, identify, require_same_run
+
+CONFIG = TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl")])
+
+
+def identity(config: TrainConfig = CONFIG, **changes: Any) -> dict[str, Any]:
+    facts = {"precision": "fp32", "train_fingerprint": "abc", "eval_fingerprint": None, "world_size": 1, **changes}
+    return identify(config, **facts)
+
+
+def test_every_field_is_in_one_class() -> None:
+    names = {field.name for field in fields(TrainConfig)}
+    assert DECIDES | ROUNDS | FREE == names
+    assert len(DECIDES) + len(ROUNDS) + len(FREE) == len(names)
+
+
+def test_the_same_run() -> None:
+    assert require_same_run(identity(), identity(), Path("c")) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logging_steps": 7},
+        {"num_workers": 0},
+        {"save_steps": 3},
+        {"keep_checkpoints": 5},
+        {"output_dir": Path("elsewhere")},
+        {"train_data": [Path("moved.jsonl")]},
+    ],
+)
+def test_changes_that_cost_nothing(change: dict[str, Any]) -> None:
+    assert require_same_run(identity(), identity(replace(CONFIG, **change)), Path("c")) == []
+
+
+def test_changes_that_round_differently_are_allowed_and_told() -> None:
+    changed = identity(replace(CONFIG, micro_batch_size=2, gradient_checkpointing=False), world_size=2)
+    assert require_same_run(identity(), changed, Path("c")) == [
+        "gradient_checkpointing: True there, False now",
+        "micro_batch_size: 1 there, 2 now",
+        "number of processes: 1 there, 2 now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config_change", "fact_change", "name"),
+    [
+        ({"batch_size": 32}, {}, "batch_size: 64 there, 32 now"),
+        ({"seed": 1}, {}, "seed"),
+        ({"method": "frozen_vision"}, {}, "method: full there, frozen_vision now"),
+        ({"learning_rate": 1e-5}, {}, "learning_rate"),
+        ({"num_train_epochs": 2}, {}, "num_train_epochs"),
+        ({"freeze": ["vision"]}, {}, "freeze"),
+        ({"model": "other"}, {}, "model: m there, other now"),
+        ({}, {"train_fingerprint": "xyz"}, "training samples"),
+        ({}, {"eval_fingerprint": "xyz"}, "evaluation samples"),
+        ({}, {"precision": "bf16"}, "precision: fp32 there, bf16 now"),
+    ],
+)
+def test_changes_that_make_another_run_are_refused(
+    config_change: dict[str, Any], fact_change: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        require_same_run(identity(), identity(replace(CONFIG, **config_change), **fact_change), Path("run/checkpoint-5"))
+    assert name in str(caught.value)
+    assert "run/checkpoint-5" in str(caught.value) and "another output_dir" in str(caught.value)
+
+
+def test_a_model_folder_is_the_same_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (replace(CONFIG, model=name) for name in ("model", str(tmp_path / "model")))
+    assert identity(relative) == identity(absolute)

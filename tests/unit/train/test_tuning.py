@@ -1,0 +1,140 @@
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import Trainer
+
+from phi3v.config import TrainConfig
+from phi3v.errors import ConfigError
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.parts import part_of
+from phi3v.train.tuning import (
+    choose_precision,
+    enable_gradient_checkpointing,
+    parameter_groups,
+    select_trainable,
+    undecayed_names,
+    wrap_lora,
+)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl")], **changes)
+
+
+def trainable_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+UNUSED = ("encoder.layers.2.", "post_layernorm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({}, {"vision", "projector", "decoder", "embeddings", "head"}),
+        ({"method": "frozen_vision"}, {"decoder", "embeddings", "head"}),
+        ({"freeze": ["embeddings", "vision"]}, {"projector", "decoder", "head"}),
+        ({"method": "lora"}, set()),
+    ],
+)
+def test_whole_parts_train_but_for_the_layers_that_nothing_computes(
+    tiny_model: Phi3VForCausalLM, changes: dict[str, Any], parts: set[str]
+) -> None:
+    select_trainable(tiny_model, config(**changes))
+    expected = {
+        name
+        for name, _ in tiny_model.named_parameters()
+        if part_of(name) in parts and not (part_of(name) == "vision" and any(word in name for word in UNUSED))
+    }
+    assert trainable_names(tiny_model) == expected
+    assert {part_of(name) for name in expected} == parts
+
+
+def test_adapters_stand_on_every_linear_layer_that_is_computed(tiny_model: Phi3VForCausalLM) -> None:
+    linear = {
+        name
+        for name, module in tiny_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(word in name for word in UNUSED)
+    }
+    settings = config(method="lora", lora_rank=2)
+    select_trainable(tiny_model, settings)
+    wrapped = wrap_lora(tiny_model, settings)
+    expected = {f"base_model.model.{name}.lora_{side}.default.weight" for name in linear for side in "AB"}
+    assert trainable_names(wrapped) == expected
+    assert len(linear) == 2 * 6 + 2 + 2 * 4 + 1
+
+
+def test_adapters_stand_where_lora_parts_says(tiny_model: Phi3VForCausalLM) -> None:
+    settings = config(method="lora", lora_parts=["decoder", "projector"])
+    wrapped = wrap_lora(tiny_model, settings)
+    assert {part_of(name) for name in trainable_names(wrapped)} == {"decoder", "projector"}
+
+
+def test_adapters_are_float32_on_16_bit_weights_and_start_by_the_seed(tiny_model: Phi3VForCausalLM) -> None:
+    torch.manual_seed(3)
+    wrapped = wrap_lora(tiny_model.to(torch.bfloat16), config(method="lora", lora_rank=4))
+    adapters = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert {parameter.dtype for parameter in adapters.values()} == {torch.float32}
+    assert all(bool((parameter == 0).all()) == ("lora_B" in name) for name, parameter in adapters.items())
+    spread = adapters["base_model.model.lm_head.lora_A.default.weight"].std().item()
+    assert spread == pytest.approx(1 / 4, rel=0.3), "gaussian A has a standard deviation of 1 / rank"
+
+
+def test_embeddings_take_no_adapters(tiny_model: Phi3VForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="embeddings"):
+        wrap_lora(tiny_model, config(method="lora", lora_parts=["embeddings", "decoder"]))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weight_decay_follows_trainer(tiny_model: Phi3VForCausalLM, method: str) -> None:
+    settings = config(method=method)
+    select_trainable(tiny_model, settings)
+    model = wrap_lora(tiny_model, settings) if method == "lora" else tiny_model
+    everything = {name for name, _ in model.named_parameters()}
+    decayed = Trainer.get_decay_parameter_names(cast(Trainer, None), model)
+    assert everything - undecayed_names(model) == set(decayed)
+
+
+def test_every_trainable_parameter_has_one_group_with_its_rates(tiny_model: Phi3VForCausalLM) -> None:
+    settings = config(freeze=["embeddings"], learning_rate=1e-3, part_learning_rates={"vision": 1e-5}, weight_decay=0.1)
+    select_trainable(tiny_model, settings)
+    groups = parameter_groups(tiny_model, settings)
+    assert groups[0]["lr"] == 1e-3, "the rate that logs show"
+    names = {id(parameter): name for name, parameter in tiny_model.named_parameters()}
+    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert found.keys() == trainable_names(tiny_model)
+    for name, group in found.items():
+        assert group["lr"] == (1e-5 if part_of(name) == "vision" else 1e-3)
+        assert group["weight_decay"] == (0.0 if "norm" in name or "layrnorm" in name or name.endswith("bias") else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "method", "expected"),
+    [
+        ("auto", "full", ("fp32", "float32")),
+        ("fp32", "lora", ("fp32", "float32")),
+        ("bf16", "full", ("bf16", "float32")),
+        ("bf16", "frozen_vision", ("bf16", "float32")),
+        ("bf16", "lora", ("bf16", "bfloat16")),
+    ],
+)
+def test_trained_weights_stay_float32(precision: str, method: str, expected: tuple[str, str]) -> None:
+    chosen = choose_precision(config(precision=precision, method=method), "cpu")
+    assert (chosen.name, chosen.weights) == expected
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        choose_precision(config(precision="fp16"), "cpu")
+
+
+def test_gradient_checkpointing_does_not_reenter(tiny_model: Phi3VForCausalLM, recwarn: pytest.WarningsRecorder) -> None:
+    enable_gradient_checkpointing(tiny_model)
+    checkpointed = [module for module in tiny_model.modules() if vars(module).get("gradient_checkpointing")]
+    layers = [module for module in checkpointed if hasattr(module, "_gradient_checkpointing_func")]
+    assert len(layers) >= 2 + 3
+    assert all(module._gradient_checkpointing_func.keywords == {"use_reentrant": False} for module in layers)
+    assert not recwarn.list
