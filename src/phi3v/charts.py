@@ -15,8 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 386, 14, 194
 MOST_POINTS = 400
 """A series with more is drawn as one mean per bin of neighbours, with a lowest-to-highest stroke when smoothed."""
 
-SMALLEST_SPAN = 0.05
-"""Part of the possible range that a chart of scores spans at least."""
+SMALLEST_SPAN = 5.0
+"""Percentage points that a chart of scores spans at least."""
 
 LOG_FROM_RATIO = 100
 """Where a log axis is allowed, it is used from this ratio of highest to lowest value up."""
@@ -158,30 +158,24 @@ def curve(
     )
 
 
-def points(
-    title: str, unit: str, steps: Sequence[int], intervals: Sequence[Interval], *, floor: float, ceiling: float
-) -> Chart | None:
-    """Lays out few measured points with their intervals, joined by a line; None when there are none.
+def scores(title: str, steps: Sequence[int], intervals: Sequence[Interval]) -> Chart | None:
+    """Lays out few scores in percent with their intervals, joined by a line; None when there are none.
 
     Args:
         title: what is shown.
-        unit: of the values.
         steps: rising.
-        intervals: one a step.
-        floor: the lowest value there can be; the axis never goes below it.
-        ceiling: the highest value there can be; the axis never goes above it.
+        intervals: one a step, 0 to 100.
     """
     if not intervals:
         return None
     ends = [end for point in intervals for end in (point.value, point.low, point.high) if end is not None]
-    # Scores that hardly differ must not look as if they did.
-    missing = SMALLEST_SPAN * (ceiling - floor) - (max(ends) - min(ends))
+    missing = SMALLEST_SPAN - (max(ends) - min(ends))
     if missing > 0:
-        ends += [max(floor, min(ends) - missing / 2), min(ceiling, max(ends) + missing / 2)]
-    y_values = [tick for tick in _covering_ticks(ends, from_zero=False) if floor <= tick <= ceiling]
-    if len(y_values) < 2:
-        y_values = nice_ticks(floor, ceiling)
-    factor, labels = tick_labels(y_values)
+        # Scores that hardly differ must not look as if they did.
+        low = min(max(0.0, min(ends) - missing / 2), 100.0 - SMALLEST_SPAN)
+        ends = [low, low + SMALLEST_SPAN]
+    y_values = _covering_ticks(ends, from_zero=False)
+    _, labels = tick_labels(y_values)
     x_scale = _x_scale(steps)
     y_scale = _Scale(y_values[0], y_values[-1], BOTTOM, TOP)
     markers = tuple(
@@ -197,14 +191,14 @@ def points(
     values = ", ".join(f"{point.value:.1f} at step {step:,}" for step, point in zip(steps, intervals, strict=True))
     return Chart(
         title=title,
-        unit=_unit_with_factor(unit, factor, is_log=False),
+        unit="%",
         x_title="optimizer step",
         x_ticks=_x_ticks(steps, x_scale),
         y_ticks=tuple(Tick(y_scale(value), label) for value, label in zip(y_values, labels, strict=True)),
         raw="",
         line=_line_path(steps, [point.value for point in intervals], x_scale, y_scale),
         markers=markers,
-        description=f"{title} in {unit}: {values}.",
+        description=f"{title} in percent: {values}.",
         note="",
     )
 

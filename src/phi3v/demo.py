@@ -107,7 +107,7 @@ def build_model(folder: Path) -> None:
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
     ids = build_tokenizer(parts)
-    config = Phi3VConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=len(ids),
         bos_token_id=ids["<s>"],
         pad_token_id=ids["<|endoftext|>"],
@@ -127,6 +127,7 @@ def build_model(folder: Path) -> None:
             "patch_size": 8,
         },
     )
+    config = Phi3VConfig(**settings)
     (parts / "config.json").write_text(config.to_json_string(), "utf-8")
     (parts / "preprocessor_config.json").write_text(json.dumps({"num_crops": 1}), "utf-8")
     torch.manual_seed(SEED)
@@ -199,6 +200,7 @@ save_steps: 100
 eval_batch_size: 120
 eval_max_new_tokens: 8
 num_workers: 0
+logging_steps: {logging_steps}
 device: cpu
 """
 
@@ -221,9 +223,11 @@ save_steps: 100
 eval_batch_size: 120
 eval_max_new_tokens: 10
 num_workers: 0
+logging_steps: {logging_steps}
 device: cpu
 """
 
+LOGGING_STEPS = 10
 KILL_AT_STEP = 150
 """The full run is killed here, half way between two checkpoints."""
 
@@ -244,7 +248,7 @@ def run_demo(folder: Path) -> None:
     build_model(folder / "base-model")
     write_data(folder / "data")
     for name, text in (("full.yaml", FULL_YAML), ("lora.yaml", LORA_YAML)):
-        (folder / name).write_text(text.format(folder=folder), "utf-8")
+        (folder / name).write_text(text.format(folder=folder, logging_steps=LOGGING_STEPS), "utf-8")
 
     _say("Full fine-tuning, killed on the way")
     _train_and_kill(folder)
@@ -299,19 +303,18 @@ def _train_and_kill(folder: Path) -> None:
     steps = folder / "full" / "steps.jsonl"
     while process.poll() is None:
         time.sleep(0.1)
-        if steps.exists() and steps.read_bytes().count(b"\n") >= KILL_AT_STEP:
+        lines = steps.read_text("utf-8").splitlines() if steps.exists() else []
+        if len(lines) * LOGGING_STEPS >= KILL_AT_STEP:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            print(f"\n-- killed at step {len(RunDirectory(folder / 'full').steps())}", flush=True)
+            print(f"-- killed after step {len(lines) * LOGGING_STEPS}", flush=True)
             return
     raise Phi3VError("the training run ended before it could be killed; its message stands above")
 
 
 def _summary(folder: Path) -> str:
     """Tabulates accuracy before and after, by question, from the runs' own records."""
-    lines = [
-        f"{'question':16} {'before':>8} {'after':>8} {'chance':>8}   accuracy on {NUM_TEST_IMAGES} held-out images"
-    ]
+    lines = [f"{'question':16} {'before':>8} {'after':>8} {'chance':>8}   accuracy, {NUM_TEST_IMAGES} held-out images"]
     for name in ("full", "lora"):
         run = RunDirectory(folder / name).open()
         first, *_, last = run.prediction_steps()

@@ -463,7 +463,7 @@ def _score_chart(evals: Sequence[Json]) -> charts.Chart | None:
     if len(intervals) < 2:
         return None
     metric = _metric_name(next(iter(scored.values())).get("metric"))
-    return charts.points(f"Evaluation: {metric}", "%", list(scored), intervals, floor=0.0, ceiling=100.0)
+    return charts.scores(f"Evaluation: {metric}", list(scored), intervals)
 
 
 def _eval_rows(evals: Sequence[Json]) -> list[dict[str, str]]:
