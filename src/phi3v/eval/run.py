@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
+from ..runlog import write_json
 from .generate import generate_predictions
 from .metrics import Score, score_predictions
 
@@ -104,5 +105,5 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (output / "config.yaml").write_text(config.to_yaml(), "utf-8")
     scores = {**asdict(result.score), "seconds": result.seconds, "skipped": summary.skipped}
-    (output / "eval.json").write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
+    write_json(output / "eval.json", scores)
     return result

@@ -7,6 +7,7 @@ A folder is either *published layout* (``config.json`` and weights under the pub
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def load_model(
         base_path = base or base_of_adapter(path)
         _check_folder(base_path, f"base model of adapter {path}:")
         loaded = load_model(base_path, dtype=dtype, attention=attention, rope_mode=rope_mode)
-        model: PreTrainedModel | PeftModel = PeftModel.from_pretrained(loaded, str(path))  # pyright: ignore[reportArgumentType]
+        with warnings.catch_warnings():
+            # PEFT asks for gradient checkpointing under the name that transformers 5.23 has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            model: PreTrainedModel | PeftModel = PeftModel.from_pretrained(loaded, str(path))  # pyright: ignore[reportArgumentType]
     else:
         _check_folder(path, "model")
         try:
