@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import final_weights, largest_difference, make_config, write_training_data
 
 from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
@@ -17,6 +16,7 @@ from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import WindowSampler
 from phi3v.train.run import run_training
+from training import final_weights, largest_difference, make_config, write_training_data
 
 WEIGHTINGS = ("sample_mean", "token_mean")
 SPLITS = (8, 1, 2)
@@ -51,9 +51,7 @@ def test_losses_gradients_and_weights_are_equal(runs: Any) -> None:
         assert_close_runs(first, other)
 
 
-def test_loss_is_the_plain_mean(
-    runs: Any, tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, data: Path
-) -> None:
+def test_loss_is_the_plain_mean(runs: Any, tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, data: Path) -> None:
     """The first step's loss against the model's own loss, sample by sample."""
     weighting, (path, *_) = runs
     dataset = ConversationDataset(data / "train.jsonl")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from training import final_weights, largest_difference, logged, make_config, write_training_data
 
 from phi3v.train.run import run_training
+from training import final_weights, largest_difference, logged, make_config, write_training_data
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -16,9 +16,15 @@ def test_gradient_checkpointing_on_equals_off(method: str, tiny_dir: Path, tmp_p
     on, off = (
         run_training(
             make_config(
-                tiny_dir, data, tmp_path / str(is_on), method=method, gradient_checkpointing=is_on, max_steps=3,
-                save_steps=None, **dropout,
-            )  # fmt: skip
+                tiny_dir,
+                data,
+                tmp_path / str(is_on),
+                method=method,
+                gradient_checkpointing=is_on,
+                max_steps=3,
+                save_steps=None,
+                **dropout,
+            )
         )
         for is_on in (True, False)
     )

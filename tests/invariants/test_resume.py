@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from training import die, final_weights, logged, make_config, train_in_child, write_training_data
 
 import phi3v.train.checkpoints as checkpoints
 import phi3v.train.evaluation as evaluation
@@ -20,9 +19,10 @@ import phi3v.train.run as run
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.trainer import Phi3VTrainer
+from training import die, final_weights, logged, make_config, train_in_child, write_training_data
 
 FULL = {"eval_steps": 3, "eval_max_new_tokens": 2}
-LORA = {"method": "lora", "lora_rank": 2, "lora_dropout": 0.3, "save_steps": 1, "logging_steps": 5}
+LORA = {"method": "lora", "lora_rank": 2, "lora_dropout": 0.3, "save_steps": 1, "logging_steps": 5, "max_steps": 5}
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +76,13 @@ FULL_DEATHS = {
     "after the manifest, before the rename": patch(checkpoints, "_sync_folder", die_at_call(1)),
     "in step 3, between two micro-batches": patch(Phi3VTrainer, "training_step", die_at_call(6)),
     "deleting an old checkpoint": patch(checkpoints.CheckpointStore, "_discard", die_at_call(1)),
+    "in step 6, beyond the checkpoint of step 4": patch(Phi3VTrainer, "training_step", die_at_call(5)),
     "in the middle of the result": patch(run, "save_result", die_inside(Phi3VProcessor, "save_pretrained")),
     "after the result": patch(run, "write_report", die_at_call(1)),
 }
 
 
-def test_full_run_killed_nine_times(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_full_run_killed_ten_times(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     settings = {**FULL, "eval_data": [data / "eval.jsonl"], "keep_checkpoints": 1}
     whole = make_config(tiny_dir, data, tmp_path / "whole", **settings)
     assert train_in_child(whole) == 0
@@ -92,13 +93,14 @@ def test_full_run_killed_nine_times(tiny_dir: Path, data: Path, tmp_path: Path) 
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_lora_run_with_dropout_killed_at_random_steps(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_lora_run_with_dropout_killed_within_epochs(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step, three steps an epoch; the run ends in the middle of its second epoch."""
     whole = make_config(tiny_dir, data, tmp_path / "whole", **LORA)
     assert train_in_child(whole) == 0
     killed = make_config(tiny_dir, data, tmp_path / "killed", **LORA)
-    dice = random.Random(20)
-    for _ in range(3):
-        assert train_in_child(killed, patch(Phi3VTrainer, "training_step", die_at_call(dice.randint(1, 4)))) < 0
+    deaths = [patch(Phi3VTrainer, "training_step", die_at_call(call)) for call in (4, 8)]
+    for death in (*deaths, patch(run, "save_result", die_at_call(1))):
+        assert train_in_child(killed, death) == -signal.SIGKILL
     assert train_in_child(killed) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
@@ -111,7 +113,9 @@ def test_command_killed_at_random_times(tiny_dir: Path, data: Path, tmp_path: Pa
         config = make_config(tiny_dir, data, tmp_path / name, num_train_epochs=4, num_workers=2)
         file = tmp_path / f"{name}.yaml"
         file.write_text(config.to_yaml())
-        return subprocess.Popen([sys.executable, "-m", "phi3v", "train", str(file)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            [sys.executable, "-m", "phi3v", "train", str(file)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     assert command("whole").wait() == 0
     dice = random.Random(4)

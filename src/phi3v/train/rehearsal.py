@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from phi3v.config import TrainConfig
 from phi3v.errors import CapacityError, CheckpointError
-from phi3v.model.checkpoint import load_processor
+from phi3v.model.checkpoint import load_processor, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.weights import require_equal_weights, save_weights, weights_bytes
+from phi3v.train.weights import require_equal_weights, weights_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def rehearse_saving(
     logger.info("Rehearsing a save and reload (%s) ...", in_words(size))
     folder = store.rehearsal
     try:
-        save_weights(model, processor, folder)
+        save_model(model, processor, folder)
         require_equal_weights(model, folder)
         load_processor(folder)
     except (OSError, SafetensorError) as error:

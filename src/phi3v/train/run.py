@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.config import TrainConfig
 from phi3v.data.collate import Collator
 from phi3v.errors import ConfigError
-from phi3v.model.checkpoint import is_adapter, load_model, load_processor
+from phi3v.model.checkpoint import is_adapter, load_model, load_processor, save_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.placement import resolve_device
 from phi3v.model.processing_phi3_v import Phi3VProcessor
@@ -50,7 +50,7 @@ from phi3v.train.tuning import (
     select_trainable,
     wrap_lora,
 )
-from phi3v.train.weights import restore_weights, save_weights
+from phi3v.train.weights import restore_weights
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start)
         collator=make_collator(room),
         loss_weighting=config.loss_weighting,
         optimizer=optimizer,
-        save_weights=lambda folder: save_weights(model, room.processor, folder),
+        save_folder=lambda folder: save_model(model, room.processor, folder),
         commit_checkpoint=lambda step: commit_checkpoint(room, step),
         staging=store.staging,
         evaluate_now=scorer.score_during if scorer is not None and config.eval_steps is not None else None,
@@ -367,7 +367,7 @@ def save_result(room: Room, model: Model, step: int) -> None:
     """Writes ``RUN/model``."""
     if room.is_writer:
         write_json(room.store.root / RESULT_FILE, {"step": step})
-        save_weights(model, room.processor, room.run.model_dir)
+        save_model(model, room.processor, room.run.model_dir)
         logger.info("Step %d is saved in %s.", step, room.run.model_dir)
 
 

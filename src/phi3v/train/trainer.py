@@ -61,7 +61,7 @@ class Phi3VTrainer(Trainer):
         collator: makes micro-batches; gives the loss weights of ``loss_weighting``.
         loss_weighting: what the window's sum is divided by.
         optimizer: over the model's trainable parameters.
-        save_weights: writes a model folder; called on the writing rank only.
+        save_folder: writes a model folder; called on the writing rank only.
         commit_checkpoint: called on the writing rank with the step when everything of its checkpoint lies in
             ``staging``.
         staging: folder in which ``checkpoint-N`` is written before it is complete.
@@ -88,7 +88,7 @@ class Phi3VTrainer(Trainer):
         collator: Collator,
         loss_weighting: Weighting,
         optimizer: torch.optim.Optimizer,
-        save_weights: Callable[[Path], object],
+        save_folder: Callable[[Path], object],
         commit_checkpoint: Callable[[int], object],
         staging: Path,
         evaluate_now: Callable[[int], dict[str, float]] | None,
@@ -110,7 +110,7 @@ class Phi3VTrainer(Trainer):
         self.loss_weighting = loss_weighting
         self.window: Window | None = None
         self.measure_speed: Callable[[], dict[str, float]] = dict
-        self._save_weights = save_weights
+        self._save_folder = save_folder
         self._commit_checkpoint = commit_checkpoint
         self._staging = staging
         self._evaluate_now = evaluate_now
@@ -213,7 +213,7 @@ class Phi3VTrainer(Trainer):
         """Writes the model folder of a checkpoint, as every other model folder is written."""
         assert output_dir is not None
         if self.args.should_save:
-            self._save_weights(Path(output_dir))
+            self._save_folder(Path(output_dir))
         # The other processes write their random states beside the weights, into a folder that is there by now.
         self.accelerator.wait_for_everyone()
 

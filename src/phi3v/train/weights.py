@@ -10,29 +10,19 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from phi3v.errors import CheckpointError
-from phi3v.model.checkpoint import save_model
-from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 _NAMES_SHOWN = 3
 
 
-def save_weights(model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, folder: Path) -> Path:
-    """Writes a model folder: the whole model, or the adapter and nothing else."""
-    if isinstance(model, PeftModel):
-        # PEFT takes an adapted lm_head for a resized vocabulary, and would add embeddings and head to every adapter.
-        return save_model(model, processor, folder, save_embedding_layers=False)
-    return save_model(model, processor, folder)
-
-
 def saved_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """Returns what ``save_weights`` writes, by name in the file; the tensors share the model's memory."""
+    """Returns what ``save_model`` writes, by name in the file; the tensors share the model's memory."""
     if isinstance(model, PeftModel):
         return get_peft_model_state_dict(model, save_embedding_layers=False)
     return model.state_dict()
 
 
 def weights_bytes(model: PreTrainedModel | PeftModel) -> int:
-    """Counts the bytes of the tensors that ``save_weights`` writes."""
+    """Counts the bytes of the tensors that ``save_model`` writes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(model).values())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, StaticCache
 
 from phi3v.model.checkpoint import load_model
 from phi3v.model.configuration_phi3_v import STOP_TOKEN_IDS
@@ -446,3 +446,28 @@ def test_wrong_arguments(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor
         tiny_model()
     with pytest.raises(ValueError, match="supervised_only needs labels and loss_weights"):
         tiny_model(**inputs, labels=inputs["input_ids"], supervised_only=True)
+
+
+# --- as the model card shows it
+
+
+def test_the_model_cards_snippet_runs_unchanged(tiny_dir: Path, processor: Phi3VProcessor) -> None:
+    model_id = str(tiny_dir)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_id, device_map="cpu", trust_remote_code=True, torch_dtype="auto", _attn_implementation="eager"
+    )
+    own = AutoProcessor.from_pretrained(model_id, trust_remote_code=True, num_crops=4)
+    images = IMAGES["two"]
+    placeholder = "".join(f"<|image_{index}|>\n" for index in range(1, len(images) + 1))
+    messages = [{"role": "user", "content": placeholder + "Do these two pictures show the same thing?"}]
+    prompt = own.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == TEXTS["two"]
+    inputs = own(prompt, images, return_tensors="pt").to("cpu")
+    generation_args = {"max_new_tokens": 6, "temperature": 0.0, "do_sample": False}
+    generate_ids = model.generate(**inputs, eos_token_id=own.tokenizer.eos_token_id, **generation_args)
+    generate_ids = generate_ids[:, inputs["input_ids"].shape[1] :]
+    response = own.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+
+    expected = new_tokens(load_model(tiny_dir), inputs_of(processor, "two"), 6)
+    assert generate_ids.tolist() == expected
+    assert response == processor.tokenizer.decode(expected[0], skip_special_tokens=True)

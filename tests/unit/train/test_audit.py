@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from training import write_training_data
 
 from phi3v.config import TrainConfig
 from phi3v.data.collate import Collator
@@ -14,6 +13,7 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.audit import Audit, audit
 from phi3v.train.tuning import Precision, enable_gradient_checkpointing, select_trainable, wrap_lora
+from training import write_training_data
 
 FP32 = Precision("fp32", "float32")
 Batch = dict[str, torch.Tensor]
@@ -104,14 +104,10 @@ def test_a_part_whose_gradient_is_zero_is_named(tiny_model: Phi3VForCausalLM, ba
     model = prepared(tiny_model, config())
     tiny_model.model.vision_embed_tokens.img_projection[2].weight.data.zero_()
     problems = audit(model, batches["images"], config(), FP32).problems
-    assert [problem.split(".")[0] for problem in problems] == [
-        "vision should learn, but its gradient is exactly zero"
-    ]
+    assert [problem.split(".")[0] for problem in problems] == ["vision should learn, but its gradient is exactly zero"]
 
 
-def test_a_frozen_part_with_a_learning_rate_is_named(
-    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]
-) -> None:
+def test_a_frozen_part_with_a_learning_rate_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
     settings = config(part_learning_rates={"projector": 1e-3})
     model = prepared(tiny_model, settings)
     tiny_model.model.vision_embed_tokens.img_projection.requires_grad_(False)

@@ -5,16 +5,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training import write_training_data
 
 from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
+from training import write_training_data
 
 
-def sampler(num: int = 11, batch: int = 4, micro: int = 1, seed: int = 0, rank: int = 0, ranks: int = 1) -> WindowSampler:
+def sampler(
+    num: int = 11, batch: int = 4, micro: int = 1, seed: int = 0, rank: int = 0, ranks: int = 1
+) -> WindowSampler:
     return WindowSampler(range(num), batch_size=batch, micro_batch_size=micro, seed=seed, rank=rank, num_ranks=ranks)
 
 

@@ -26,7 +26,8 @@ def history(*scores: float) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"), [([], None), ([0.0], (10, 0.0)), ([0.1, 0.5, 0.5, 0.2], (20, 0.5)), ([0.3, 0.1, 0.4], (30, 0.4))]
+    ("scores", "best"),
+    [([], None), ([0.0], (10, 0.0)), ([0.1, 0.5, 0.5, 0.2], (20, 0.5)), ([0.3, 0.1, 0.4], (30, 0.4))],
 )
 def test_best_is_the_earliest_of_the_highest(scores: list[float], best: tuple[int, float] | None) -> None:
     assert best_of(history(*scores)) == best

@@ -18,7 +18,7 @@ def identity(config: TrainConfig = CONFIG, **changes: Any) -> dict[str, Any]:
 
 def test_every_field_is_in_one_class() -> None:
     names = {field.name for field in fields(TrainConfig)}
-    assert DECIDES | ROUNDS | FREE == names
+    assert names == DECIDES | ROUNDS | FREE
     assert len(DECIDES) + len(ROUNDS) + len(FREE) == len(names)
 
 
@@ -69,7 +69,9 @@ def test_changes_that_make_another_run_are_refused(
     config_change: dict[str, Any], fact_change: dict[str, Any], name: str
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        require_same_run(identity(), identity(replace(CONFIG, **config_change), **fact_change), Path("run/checkpoint-5"))
+        require_same_run(
+            identity(), identity(replace(CONFIG, **config_change), **fact_change), Path("run/checkpoint-5")
+        )
     assert name in str(caught.value)
     assert "run/checkpoint-5" in str(caught.value) and "another output_dir" in str(caught.value)
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 import phi3v.train.rehearsal as rehearsal
 from phi3v.config import TrainConfig
 from phi3v.errors import CapacityError, CheckpointError
-from phi3v.model.checkpoint import load_model
+from phi3v.model.checkpoint import load_model, save_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.rehearsal import most_checkpoints, rehearse_saving
 from phi3v.train.tuning import select_trainable, wrap_lora
-from phi3v.train.weights import require_equal_weights, restore_weights, save_weights
+from phi3v.train.weights import require_equal_weights, restore_weights
 
 
 def config(model: Path | str = "m", **changes: Any) -> TrainConfig:
@@ -32,18 +32,14 @@ def model(request: pytest.FixtureRequest, tiny_model: Phi3VForCausalLM, tiny_dir
     return wrap_lora(tiny_model, settings) if request.param == "lora" else tiny_model
 
 
-def test_a_rehearsal_leaves_nothing(
-    model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path
-) -> None:
+def test_a_rehearsal_leaves_nothing(model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     rehearse_saving(model, processor, store, config())
     assert list(store.root.iterdir()) == []
 
 
-def test_weights_come_back_bit_for_bit(
-    model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path
-) -> None:
-    folder = save_weights(model, processor, tmp_path / "saved")
+def test_weights_come_back_bit_for_bit(model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path) -> None:
+    folder = save_model(model, processor, tmp_path / "saved")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
@@ -61,7 +57,7 @@ def test_an_adapter_holds_its_matrices_and_nothing_of_the_base(
 ) -> None:
     """PEFT would take the adapted lm_head for a resized vocabulary and save head and embeddings whole."""
     wrapped = wrap_lora(tiny_model, config(tiny_dir, method="lora", lora_rank=2))
-    folder = save_weights(wrapped, processor, tmp_path / "adapter")
+    folder = save_model(wrapped, processor, tmp_path / "adapter")
     names = load_file(folder / "adapter_model.safetensors").keys()
     assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
     loaded = load_model(folder)
@@ -85,7 +81,7 @@ def change_dtype(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_weights_of_another_model_are_refused(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path, damage: Any
 ) -> None:
-    folder = save_weights(model, processor, tmp_path / "saved")
+    folder = save_model(model, processor, tmp_path / "saved")
     (path,) = folder.glob("*.safetensors")
     save_file(damage(load_file(path)), path)
     with pytest.raises(CheckpointError, match=str(folder)):
@@ -96,11 +92,11 @@ def test_a_save_that_writes_other_weights_is_found_out(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_rounded(model: Any, processor: Any, folder: Path) -> None:
-        save_weights(model, processor, folder)
+        save_model(model, processor, folder)
         (path,) = folder.glob("*.safetensors")
         save_file({name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}, path)
 
-    monkeypatch.setattr(rehearsal, "save_weights", save_rounded)
+    monkeypatch.setattr(rehearsal, "save_model", save_rounded)
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     with pytest.raises(CheckpointError, match="reads back with other values"):
         rehearse_saving(model, processor, store, config())
@@ -113,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rehearsal, "save_weights", full_disk)
+    monkeypatch.setattr(rehearsal, "save_model", full_disk)
     with pytest.raises(CheckpointError, match="No space left on device"):
         rehearse_saving(tiny_model, processor, CheckpointStore(tmp_path / "checkpoints", keep=2), config())
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import final_weights, logged, make_config, write_training_data
 
 import phi3v.train.data as train_data
 import phi3v.train.evaluation as evaluation
@@ -18,7 +17,9 @@ from phi3v.eval.metrics import Score
 from phi3v.eval.run import EvalResult
 from phi3v.model.checkpoint import load_model, load_processor
 from phi3v.runlog import RunDirectory
+from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
 from phi3v.train.run import accumulation_steps, run_training
+from training import final_weights, logged, make_config, write_training_data
 
 MakeConfig = Callable[..., Any]
 
@@ -59,19 +60,40 @@ def test_a_run_leaves_what_its_directory_promises(config: MakeConfig, data: Path
     path = RunDirectory(run_training(settings))
     assert [line["step"] for line in path.steps()] == [1, 2, 3]
     assert path.steps()[-1]["epoch"] == 1.0
-    assert {"loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "memory_bytes"} < path.steps()[0].keys()
+    assert {"loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "memory_bytes"} < path.steps()[
+        0
+    ].keys()
     assert [(line["step"], line["when"]) for line in path.evals()] == [(0, "before"), (3, "after")]
     assert path.prediction_steps() == [0, 3] and len(path.predictions(3)) == 3
     before, after, summary, audit = path.evaluation("before"), path.evaluation("after"), path.data(), path.audit()
     assert before is not None and after is not None and before["step"] == 0 and after["n"] == 3
     assert summary is not None and summary["train"]["samples"] == 11 and summary["eval"]["samples"] == 3
-    assert audit is not None and [part["part"] for part in audit["parts"]][0] == "vision"
+    assert audit is not None and audit["parts"][0]["part"] == "vision"
     assert path.environment() is not None and path.report_path.exists()
     assert list(path.tensorboard_dir.iterdir())
     model = load_model(path.model_dir)
     trained = final_weights(path.path)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
     assert load_processor(path.model_dir).num_crops == 4
+
+
+def test_a_run_trains_on_the_windows_that_the_sampler_names(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every epoch; the message about a loss that is not finite relies on it."""
+    drawn: list[int] = []
+    get = TrainingSamples.__getitem__
+
+    def record(self: TrainingSamples, draw: Draw) -> Any:
+        drawn.append(draw.index)
+        return get(self, draw)
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", record)
+    run_training(config(num_train_epochs=2, save_steps=None))
+    sampler = WindowSampler(range(11), batch_size=4, micro_batch_size=1, seed=0)
+    of_the_audit, *trained = drawn
+    assert of_the_audit == 1, "the first sample with an image"
+    assert trained == [index for step in range(6) for index in sampler.window(step)]
 
 
 def test_a_finished_run_is_left_alone(
@@ -85,7 +107,7 @@ def test_a_finished_run_is_left_alone(
         assert run_training(config(logging_steps=5)) == path
     assert "is finished" in caplog.text
     assert {file: file.stat().st_mtime_ns for file in files} == files
-    with pytest.raises(CheckpointError, match="learning_rate: 0.001 there, 0.1 now"):
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0\.001 there, 0\.1 now"):
         run_training(config(learning_rate=0.1))
     with pytest.raises(CheckpointError, match="already holds a run"):
         run_training(config(resume="never"))
@@ -161,9 +183,7 @@ def test_scores_leave_no_trace_in_training(
     lora = {"method": "lora", "lora_rank": 2, "lora_dropout": 0.3}
     plain = run_training(config(**lora))
     scripted([0.3, 0.2, 0.1, 0.4])
-    scored = run_training(
-        config(tmp_path / "scored", **lora, eval_data=[data / "eval.jsonl"], eval_steps=1)
-    )
+    scored = run_training(config(tmp_path / "scored", **lora, eval_data=[data / "eval.jsonl"], eval_steps=1))
     assert [line for line in logged(scored) if "loss" in line] == logged(plain)
     assert all(torch.equal(tensor, final_weights(scored)[name]) for name, tensor in final_weights(plain).items())
 
@@ -223,7 +243,9 @@ def test_left_out_samples_stay_out_when_the_run_goes_on(
     monkeypatch.setattr(train_data, "check_dataset", lambda *args, **kwargs: pytest.fail("the data was read again"))
     path = RunDirectory(run_training(settings))
     summary = path.data()
-    assert summary is not None and summary["train"]["samples"] == 5 and summary["train"]["skipped"] == {"broken JSON": 1}
+    assert (
+        summary is not None and summary["train"]["samples"] == 5 and summary["train"]["skipped"] == {"broken JSON": 1}
+    )
 
 
 def test_training_starts_from_whole_models(config: MakeConfig, tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         choose_precision(config(precision="fp16"), "cpu")
 
 
-def test_gradient_checkpointing_does_not_reenter(tiny_model: Phi3VForCausalLM, recwarn: pytest.WarningsRecorder) -> None:
+def test_gradient_checkpointing_does_not_reenter(
+    tiny_model: Phi3VForCausalLM, recwarn: pytest.WarningsRecorder
+) -> None:
     enable_gradient_checkpointing(tiny_model)
     checkpointed = [module for module in tiny_model.modules() if vars(module).get("gradient_checkpointing")]
     layers = [module for module in checkpointed if hasattr(module, "_gradient_checkpointing_func")]

@@ -1,0 +1,70 @@
+"""Training on a GPU: every precision and method learns like float32 on the CPU, and goes on after a stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import final_weights, make_config, write_training_data
+
+from phi3v.runlog import RunDirectory
+from phi3v.train.run import run_training
+from phi3v.train.trainer import Phi3VTrainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
+"""Relative difference of the losses from float32's on the CPU: the format's rounding, over six steps."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_training_data(tmp_path_factory.mktemp("gpu") / "data")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in RunDirectory(run).steps()]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training(
+    precision: str, method: str, tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "method": method,
+        "gradient_checkpointing": True,
+        "eval_data": [data / "eval.jsonl"],
+        "eval_steps": 3,
+        "eval_max_new_tokens": 2,
+        "num_workers": 2,
+        **({"lora_rank": 2} if method == "lora" else {}),
+    }
+    reference = run_training(make_config(tiny_dir, data, tmp_path / "cpu", **settings))
+    on_gpu = {**settings, "device": "cuda", "precision": precision}
+    whole = run_training(make_config(tiny_dir, data, tmp_path / "whole", **on_gpu))
+    assert losses(whole) == pytest.approx(losses(reference), rel=TOLERANCE[precision])
+    assert losses(whole)[-1] < losses(whole)[0]
+    assert {tensor.dtype for tensor in final_weights(whole).values()} == {torch.float32}
+    environment = RunDirectory(whole).environment()
+    assert environment is not None and environment["gpus"]
+    assert (whole / "checkpoints" / "checkpoint-6" / "scaler.pt").exists() == (precision == "fp16")
+
+    calls = iter(range(100))
+    training_step = Phi3VTrainer.training_step
+
+    def stop_in_step_four(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return training_step(*args, **kwargs)
+
+    stopped = make_config(tiny_dir, data, tmp_path / "stopped", **on_gpu)
+    monkeypatch.setattr(Phi3VTrainer, "training_step", stop_in_step_four)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(stopped)
+    monkeypatch.undo()
+    run_training(stopped)
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(whole), rel=1e-3)
