@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from training import final_weights, make_config, write_training_data
 
 from phi3v.runlog import RunDirectory
 from phi3v.train.run import run_training
 from phi3v.train.trainer import Phi3VTrainer
+from training import final_weights, make_config, write_training_data
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +17,10 @@ pytestmark = [
 ]
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
-"""Relative difference of the losses from float32's on the CPU: the format's rounding, over six steps."""
+"""Relative difference of a loss from float32's on the CPU: the format's rounding."""
+
+LAST_STEP = 18
+"""Six epochs: fp16's loss scale starts too high for this model, and the first steps are skipped until it fits."""
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +41,23 @@ def test_training(
         "method": method,
         "gradient_checkpointing": True,
         "eval_data": [data / "eval.jsonl"],
-        "eval_steps": 3,
+        "num_train_epochs": 6,
+        "eval_steps": 9,
         "eval_max_new_tokens": 2,
         "num_workers": 2,
         **({"lora_rank": 2} if method == "lora" else {}),
     }
-    reference = run_training(make_config(tiny_dir, data, tmp_path / "cpu", **settings))
+    reference = run_training(make_config(tiny_dir, data, tmp_path / "cpu", **{**settings, "max_steps": 2}))
     on_gpu = {**settings, "device": "cuda", "precision": precision}
     whole = run_training(make_config(tiny_dir, data, tmp_path / "whole", **on_gpu))
-    assert losses(whole) == pytest.approx(losses(reference), rel=TOLERANCE[precision])
-    assert losses(whole)[-1] < losses(whole)[0]
+    num_comparable = 1 if precision == "fp16" else 2
+    expected = pytest.approx(losses(reference)[:num_comparable], rel=TOLERANCE[precision])
+    assert losses(whole)[:num_comparable] == expected
+    assert losses(whole)[-1] < losses(whole)[0] - 0.5
     assert {tensor.dtype for tensor in final_weights(whole).values()} == {torch.float32}
     environment = RunDirectory(whole).environment()
     assert environment is not None and environment["gpus"]
-    assert (whole / "checkpoints" / "checkpoint-6" / "scaler.pt").exists() == (precision == "fp16")
+    assert (whole / "checkpoints" / f"checkpoint-{LAST_STEP}" / "scaler.pt").exists() == (precision == "fp16")
 
     calls = iter(range(100))
     training_step = Phi3VTrainer.training_step

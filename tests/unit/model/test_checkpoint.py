@@ -16,7 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from phi3v.errors import CheckpointError
 from phi3v.model.checkpoint import (
@@ -29,6 +36,7 @@ from phi3v.model.checkpoint import (
     save_model,
 )
 from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -182,6 +190,17 @@ def test_auto_classes(source: str, options: dict[str, Any], tiny_dir: Path, gold
     processor = AutoProcessor.from_pretrained(folder, **options, num_crops=9)
     assert type(processor) is Phi3VProcessor
     assert (processor.num_crops, processor.image_processor.crop_px) == (9, 56 if source == "tiny" else 336)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("source", ["tiny", "golden"])
+def test_auto_image_processor(source: str, tiny_dir: Path, golden_dir: Path) -> None:
+    try:
+        loaded = AutoImageProcessor.from_pretrained(tiny_dir if source == "tiny" else golden_dir, num_crops=9)
+    except ImportError:
+        pytest.skip("this transformers' AutoImageProcessor wants torchvision, whatever the class")
+    assert type(loaded) is Phi3VImageProcessor
+    assert (loaded.num_crops, loaded.crop_px) == (9, 56 if source == "tiny" else 336)
 
 
 @pytest.mark.usefixtures("_alone")
