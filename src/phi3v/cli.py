@@ -4,6 +4,7 @@ Heavy imports stand inside the verbs, so that ``--help`` and a mistyped option a
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a usage or configuration error, 1 for any other error that phi3v raises on purpose,
         130 when interrupted. Other exceptions go through with their traceback.
     """
+    # Read by OpenMP when torch is first imported. Its threads otherwise wait for each other by spinning, which costs a
+    # CPU run most of its speed as soon as another program wants a core (measured: docs/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
