@@ -15,7 +15,7 @@ from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import PARTS, is_never_used, part_of
-from phi3v.train.tuning import Precision, adaptable_modules, learning_rate_of
+from phi3v.train.tuning import IMAGE_PARTS, Precision, adaptable_modules, learning_rate_of
 
 _LOSS_SCALES = (65536.0, 1024.0, 16.0, 1.0)
 """Factors tried on an fp16 loss, highest first: small gradients vanish in fp16 without one, and large ones overflow."""
@@ -182,7 +182,7 @@ def _problems(part: PartAudit, base: Phi3VForCausalLM, has_images: bool) -> Iter
             "frozen and has no adapter. Take it out of part_learning_rates, or out of freeze."
         )
         return
-    if not has_images and part.part in ("vision", "projector"):
+    if not has_images and part.part in IMAGE_PARTS:
         yield (
             f"{part.part} should learn, but no training sample has an image, so it never gets a gradient. "
             f"Add {part.part} to freeze, or images to the data."

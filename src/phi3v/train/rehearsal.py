@@ -21,16 +21,12 @@ _OPTIMIZER_BYTES_A_NUMBER = 8
 """AdamW's two float32 averages of one trainable number."""
 
 
-def rehearse_saving(
-    model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, store: CheckpointStore, config: TrainConfig
-) -> None:
+def rehearse_saving(model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, store: CheckpointStore) -> None:
     """Goes through a save and a reload once, so that no run trains for hours and then cannot save.
 
     Raises:
-        CapacityError: the disk is too small for what the run will keep.
         CheckpointError: the model cannot be written, or does not read back bit for bit.
     """
-    require_disk_space(model, store, config)
     size = weights_bytes(model)
     logger.info("Rehearsing a save and reload (%s) ...", in_words(size))
     folder = store.rehearsal

@@ -3,6 +3,7 @@
 import logging
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +40,11 @@ from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import CheckedData, check_data
 from phi3v.train.evaluation import Scorer
 from phi3v.train.identity import identify
-from phi3v.train.rehearsal import rehearse_saving
+from phi3v.train.rehearsal import rehearse_saving, require_disk_space
 from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
-from phi3v.train.trainer import IMAGE_PARTS, Phi3VTrainer
+from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tuning import (
+    IMAGE_PARTS,
     Precision,
     choose_precision,
     enable_gradient_checkpointing,
@@ -125,7 +127,7 @@ def run_training(config: TrainConfig) -> Path:
         model = build_model(config, precision, args.device)
         scorer = build_scorer(room, model)
         if start.result_step is None:
-            prepare(room, model, scorer)
+            prepare(room, model, scorer, start)
             result_step = train(room, model, scorer, start)
             save_result(room, model, result_step)
         else:
@@ -142,8 +144,10 @@ def training_arguments(config: TrainConfig, device: str, precision: Precision) -
     """Translates the configuration for Trainer, and joins the other processes when there are some.
 
     Raises:
-        ConfigError: the effective batch does not divide among the processes.
+        ConfigError: the effective batch does not divide among the processes, or a reporter is not installed.
     """
+    if "wandb" in config.report_to and find_spec("wandb") is None:
+        raise ConfigError("report_to names wandb, which is not installed; pip install phi3v[wandb], or take it out")
     args = TrainingArguments(
         output_dir=str(RunDirectory(config.output_dir).checkpoints_dir),
         per_device_train_batch_size=config.micro_batch_size,
@@ -248,8 +252,8 @@ def build_scorer(room: Room, model: Model) -> Scorer | None:
     )
 
 
-def prepare(room: Room, model: Model, scorer: Scorer | None) -> None:
-    """Does before step 1 what would hurt most to find out later: audit, rehearsal, first score."""
+def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> None:
+    """Does before the first step what would hurt most to find out later: audit, rehearsal, first score."""
     if room.is_writer:
         batch = audit_batch(room)
         on_device = {name: tensor.to(room.args.device) for name, tensor in batch.items()}
@@ -257,7 +261,9 @@ def prepare(room: Room, model: Model, scorer: Scorer | None) -> None:
         room.run.write_audit(found.to_dict())
         logger.info("%s", found.table())
         found.require_trainable()
-        rehearse_saving(model, room.processor, room.store, room.config)
+        require_disk_space(model, room.store, room.config)
+        if start.checkpoint is None:
+            rehearse_saving(model, room.processor, room.store)
     if scorer is not None and room.config.eval_before:
         scorer.score(0, "before")
 

@@ -18,13 +18,11 @@ from phi3v.data.encode import IGNORED_LABEL, Encoded
 from phi3v.errors import CheckpointError
 from phi3v.model.parts import part_of
 from phi3v.train.batches import TrainingSamples, WindowSampler
+from phi3v.train.tuning import IMAGE_PARTS
 from phi3v.train.weights import restore_weights
 
 Batch = dict[str, torch.Tensor]
 Weighting = Literal["sample_mean", "token_mean"]
-
-IMAGE_PARTS = ("vision", "projector")
-"""Parts that only samples with images reach."""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,9 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import is_never_used, part_of
 from phi3v.model.placement import DTYPE_NAMES, resolve_precision
 
+IMAGE_PARTS = ("vision", "projector")
+"""Parts that only samples with images reach."""
+
 _TOWER = r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
 
 _ADAPTED_MODULES = {

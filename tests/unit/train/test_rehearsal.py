@@ -15,7 +15,7 @@ from phi3v.model.checkpoint import load_model, save_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.rehearsal import most_checkpoints, rehearse_saving
+from phi3v.train.rehearsal import most_checkpoints, rehearse_saving, require_disk_space
 from phi3v.train.tuning import select_trainable, wrap_lora
 from phi3v.train.weights import require_equal_weights, restore_weights
 
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Phi3VForCausalLM, tiny_dir
 
 def test_a_rehearsal_leaves_nothing(model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
-    rehearse_saving(model, processor, store, config())
+    rehearse_saving(model, processor, store)
     assert list(store.root.iterdir()) == []
 
 
@@ -99,7 +99,7 @@ def test_a_save_that_writes_other_weights_is_found_out(
     monkeypatch.setattr(rehearsal, "save_model", save_rounded)
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     with pytest.raises(CheckpointError, match="reads back with other values"):
-        rehearse_saving(model, processor, store, config())
+        rehearse_saving(model, processor, store)
     assert not store.rehearsal.exists()
 
 
@@ -111,11 +111,11 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(
 
     monkeypatch.setattr(rehearsal, "save_model", full_disk)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        rehearse_saving(tiny_model, processor, CheckpointStore(tmp_path / "checkpoints", keep=2), config())
+        rehearse_saving(tiny_model, processor, CheckpointStore(tmp_path / "checkpoints", keep=2))
 
 
 def test_too_small_a_disk_is_told_in_numbers(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Phi3VForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 50_000_000))
@@ -123,9 +123,9 @@ def test_too_small_a_disk_is_told_in_numbers(
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     # 8.5 MB of weights; with two optimizer averages a checkpoint takes three times that, and three lie there at once.
     with pytest.raises(CapacityError) as caught:
-        rehearse_saving(tiny_model, processor, store, config())
+        require_disk_space(tiny_model, store, config())
     assert "3 checkpoints of 25.3 MB" in str(caught.value) and "50.0 MB are free" in str(caught.value)
-    rehearse_saving(tiny_model, processor, store, config(save_steps=None))
+    require_disk_space(tiny_model, store, config(save_steps=None))
 
 
 @pytest.mark.parametrize(

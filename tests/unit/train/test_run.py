@@ -248,6 +248,12 @@ def test_left_out_samples_stay_out_when_the_run_goes_on(
     )
 
 
+def test_a_reporter_that_is_not_installed_is_told_at_once(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb, which is not installed"):
+        run_training(config(report_to=["wandb"]))
+
+
 def test_training_starts_from_whole_models(config: MakeConfig, tmp_path: Path) -> None:
     adapter = run_training(config(method="lora", lora_rank=2, max_steps=1)) / "model"
     with pytest.raises(ConfigError, match="an adapter"):
