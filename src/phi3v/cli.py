@@ -94,7 +94,9 @@ def train(arguments: Sequence[str]) -> None:
     config = _read_config("train", TrainConfig, arguments)
     from phi3v.train.run import run_training
 
-    print(f"run directory: {run_training(config)}")
+    run = run_training(config)
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun: the first process speaks for all
+        print(f"run directory: {run}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -74,7 +74,7 @@ class Collator:
         is_supervised = (labels != IGNORED_LABEL).to(torch.float32)
         if self.loss_weighting == "token_mean":
             return is_supervised
-        return is_supervised / is_supervised.sum()
+        return is_supervised / is_supervised.sum().clamp(min=1)
 
 
 def _stack_crops(pixel_values: Sequence[torch.Tensor]) -> torch.Tensor:

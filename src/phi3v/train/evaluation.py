@@ -57,7 +57,7 @@ class Scorer:
         self._args = args
         self._run = run
 
-    def score(self, step: int, when: EvalMoment) -> float:
+    def score(self, step: int, when: EvalMoment, *, may_reuse: bool = True) -> float:
         """Takes and records the score of the model as it is; every process gets it.
 
         A score of the same weights that is on record is taken over: the one from before training when a run starts
@@ -66,8 +66,9 @@ class Scorer:
         Args:
             step: optimizer steps that the model has behind it.
             when: ``before``, ``during`` or ``after`` training.
+            may_reuse: False when the weights are not those that a mid-run score of this step was taken of.
         """
-        score = [self._recorded_or_taken(step, when) if self._args.process_index == 0 else None]
+        score = [self._recorded_or_taken(step, when, may_reuse) if self._args.process_index == 0 else None]
         if self._args.world_size > 1:
             broadcast_object_list(score)
         (value,) = score
@@ -78,10 +79,10 @@ class Scorer:
         """Takes a mid-run score; returns what Trainer logs."""
         return {SCORE_KEY: self.score(step, "during")}
 
-    def _recorded_or_taken(self, step: int, when: EvalMoment) -> float:
+    def _recorded_or_taken(self, step: int, when: EvalMoment, may_reuse: bool) -> float:
         if when == "before" and (line := self._run.evaluation("before")) is not None:
             return line["score"]
-        if when == "after":
+        if when == "after" and may_reuse:
             for line in self._run.evals():
                 if line["when"] == "during" and line["step"] == step:
                     self._run.append_eval({**line, "when": "after"})

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.config import TrainConfig
 from phi3v.data.collate import Collator
 from phi3v.errors import ConfigError
-from phi3v.model.checkpoint import is_adapter, load_model, load_processor, save_model
+from phi3v.model.checkpoint import dtype_of_folder, is_adapter, load_model, load_processor, save_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.placement import resolve_device
 from phi3v.model.processing_phi3_v import Phi3VProcessor
@@ -129,12 +129,14 @@ def run_training(config: TrainConfig) -> Path:
         if start.result_step is None:
             prepare(room, model, scorer, start)
             result_step = train(room, model, scorer, start)
+            is_rounded = round_to_base(model, config)
             save_result(room, model, result_step)
         else:
             result_step = start.result_step
+            is_rounded = round_to_base(model, config)
             restore_weights(model, run.model_dir)
         if scorer is not None:
-            scorer.score(result_step, "after")
+            scorer.score(result_step, "after", may_reuse=not is_rounded)
         if room.is_writer:
             write_report(run.path)
     return run.path
@@ -367,6 +369,19 @@ def commit_checkpoint(room: Room, step: int) -> None:
 def keeps_best(config: TrainConfig) -> bool:
     """Whether the result is the checkpoint with the best mid-run score."""
     return config.keep_best and config.eval_steps is not None
+
+
+def round_to_base(model: Model, config: TrainConfig) -> bool:
+    """Gives trained weights the number format that the base is saved in; says whether that changed it.
+
+    Training keeps them in float32, so that small updates are not lost; the result is what users of the base expect,
+    and is scored as it is saved. Checkpoints stay float32.
+    """
+    dtype = dtype_of_folder(config.model)
+    if config.method == "lora" or dtype == torch.float32:
+        return False
+    model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    return True
 
 
 def save_result(room: Room, model: Model, step: int) -> None:

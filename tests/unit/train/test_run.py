@@ -15,7 +15,7 @@ import phi3v.train.run as run
 from phi3v.errors import CheckpointError, ConfigError, DataError, Phi3VError
 from phi3v.eval.metrics import Score
 from phi3v.eval.run import EvalResult
-from phi3v.model.checkpoint import load_model, load_processor
+from phi3v.model.checkpoint import load_model, load_processor, save_model
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
 from phi3v.train.run import accumulation_steps, run_training
@@ -288,3 +288,32 @@ def test_a_batch_that_does_not_divide_names_sizes_that_do(
     with pytest.raises(ConfigError, match=f"set batch_size to {remedy}$"):
         accumulation_steps(settings, processes)
     assert accumulation_steps(replace(settings, batch_size=2 * micro * processes), processes) == 2
+
+
+def test_the_result_has_the_number_format_of_its_base_and_is_scored_so(
+    config: MakeConfig, data: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints stay float32; the result is their rounding, and a run cut off before its score takes it later."""
+    base = tmp_path / "base"
+    save_model(load_model(tiny_dir, dtype="bfloat16"), load_processor(tiny_dir), base)
+    settings = replace(config(), model=str(base), eval_data=[data / "eval.jsonl"], eval_max_new_tokens=1, save_steps=3)
+    scored: list[torch.dtype] = []
+
+    def score(self: evaluation.Scorer, step: int, when: str, **options: bool) -> float:
+        scored.append(self._model.dtype)  # pyright: ignore[reportArgumentType]
+        if when == "after" and len(scored) == 2:
+            raise OSError("cut off")
+        return 0.0
+
+    monkeypatch.setattr(evaluation.Scorer, "score", score)
+    with pytest.raises(OSError, match="cut off"):
+        run_training(settings)
+    run_training(settings)
+    assert scored == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+    result = final_weights(settings.output_dir)
+    kept = load_file(settings.output_dir / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert result.keys() == kept.keys()
+    assert all(torch.equal(result[name], tensor.to(torch.bfloat16)) for name, tensor in kept.items())
+    assert json.loads((settings.output_dir / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
