@@ -323,7 +323,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             past_key_values = None
             next_sequence_length = None
             is_first_iteration = True
-            kwargs.pop("position_ids", None)
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -332,6 +332,7 @@ def test_merged_is_the_adapter_model(
     adapted = load_model(adapter_dir, dtype="float32")
     expected = adapted(**inputs).logits
     merged = merge_adapter(adapted, getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
+    assert merged.config.dtype == merged.dtype == getattr(torch, dtype)
     folder = save_model(merged, processor, tmp_path / "merged")
     assert {path.name for path in folder.iterdir()} == FULL_FOLDER
     assert dtype_of_folder(folder) == getattr(torch, dtype)

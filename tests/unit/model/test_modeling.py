@@ -120,6 +120,16 @@ def test_a_cache_gives_the_logits_of_recomputing(
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=TOLERANCE, rtol=0)
 
 
+def test_a_cache_goes_on_without_a_mask(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
+    inputs = inputs_of(processor, "text")
+    del inputs["attention_mask"]
+    ids = inputs["input_ids"]
+    first = tiny_model(input_ids=ids[:, :4], use_cache=True)
+    second = tiny_model(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    whole = tiny_model(input_ids=ids).logits
+    torch.testing.assert_close(second.logits, whole[:, 4:], atol=TOLERANCE, rtol=0)
+
+
 def test_logits_to_keep(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
     inputs = inputs_of(processor, "one")
     whole = tiny_model(**inputs).logits
