@@ -10,7 +10,12 @@ from phi3v.model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 @pytest.fixture(params=["cpu", "old gpu", "gpu"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param != "cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param == "gpu")
+    emulating = ("gpu", "old gpu")
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: request.param in (emulating if including_emulation else ("gpu",)),
+    )
     return request.param
 
 
