@@ -14,6 +14,15 @@ VIT_L_14_336 = {
 }
 """Sizes of the published vision tower; a ``config.json`` without ``vision_config`` means these."""
 
+EMBEDDING_LAYER = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
+"""How both published models arrange an image's rows: tiles, separator, global view; every row closed."""
+
 PUBLISHED_WRONG_EOS = 2
 """``eos_token_id`` of the published files: ``</s>``, which the model never emits."""
 
@@ -41,7 +50,8 @@ class Phi3VConfig(Phi3Config):
             positions, long beyond), ``short`` and ``long`` fix them. Never written to ``config.json``.
 
     Raises:
-        ValueError: a patch grid that is not square and even, or an unknown ``rope_mode``.
+        ValueError: a patch grid that is not square and even, an unknown ``rope_mode``, or an ``embd_layer`` of another
+            arrangement than the published models'.
 
     Source: published config.json; the saved form is the published one (``rope_scaling`` of type ``su``,
     ``rope_theta`` and ``torch_dtype`` at the top level), so that the original code reads it.
@@ -83,13 +93,10 @@ class Phi3VConfig(Phi3Config):
             "image_dim_out": vision.hidden_size,
             "num_img_tokens": (patches_per_side // 2) ** 2,
         }
-        self.embd_layer = self.embd_layer or {
-            "embedding_cls": "image",
-            "hd_transform_order": "sub_glb",
-            "projection_cls": "mlp",
-            "use_hd_transform": True,
-            "with_learnable_separator": True,
-        }
+        self.embd_layer = {**EMBEDDING_LAYER, **(self.embd_layer or {})}
+        for key, supported in EMBEDDING_LAYER.items():
+            if self.embd_layer[key] != supported:
+                raise ValueError(f"embd_layer.{key} is {self.embd_layer[key]!r}; only {supported!r} is supported")
         rope_scaling = kwargs.pop("rope_scaling", None)
         if rope_scaling is not None:
             factors = {key: rope_scaling[key] for key in ("short_factor", "long_factor") if key in rope_scaling}

@@ -166,3 +166,8 @@ def test_refusals() -> None:
     for image_size in (42, 50):  # 3 patches a side; no whole number of patches
         with pytest.raises(ValueError, match=f"image_size {image_size} px must hold an even number of 14-px patches"):
             Phi3VConfig(vision_config={"image_size": image_size})
+
+
+def test_another_arrangement_of_image_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"embd_layer\.hd_transform_order is 'glb_sub'; only 'sub_glb'"):
+        Phi3VConfig(embd_layer={"hd_transform_order": "glb_sub"})
