@@ -21,4 +21,5 @@ AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=Tru
 AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
 # What AutoImageProcessor.register writes to; transformers 5.17 refuses that class itself where torchvision is missing.
 IMAGE_PROCESSOR_MAPPING.register(Phi3VConfig, {"pil": Phi3VImageProcessor}, exist_ok=True)  # pyright: ignore[reportArgumentType]
+# The supported versions know phi3_v's tokenizer.json already; a later one that forgets it still loads it as it stands.
 AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
