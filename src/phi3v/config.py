@@ -144,8 +144,8 @@ class TrainConfig(RunConfig):
     )
     check_images: Literal["decode", "header"] = setting(
         MODEL_AND_DATA,
-        "How far images are read before training starts: whole, or headers and file ends only, which is faster and misses "
-        "damage inside a file.",
+        "How far images are read before training starts: whole, or headers and file ends only, which is faster and "
+        "misses damage inside a file.",
         default="decode",
     )
 
