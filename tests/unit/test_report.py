@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from phi3v import charts
 from phi3v.errors import DataError
-from phi3v.report import MOST_SAMPLES, write_report
+from phi3v.report import charts, write_report
+from phi3v.report.examples import MOST_SAMPLES
 from phi3v.runlog import RunDirectory, environment
 
 HOSTILE = [
