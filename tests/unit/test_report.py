@@ -213,6 +213,14 @@ def test_a_finished_run_is_told_whole(run: RunDirectory) -> None:
     assert "a.jsonl:3: no" in text
 
 
+def test_recorded_sizes_and_times_are_told_in_units(run: RunDirectory) -> None:
+    run.write_data({"train": {"samples": 90, "images_bytes": 3 * 2**20, "check_s": 75}})
+    text = Page(write_report(run.path)).text.replace("\u00a0", " ")
+    assert "images 3 MiB" in text
+    assert "check 1 min 15 s" in text
+    assert "_bytes" not in text and "3,145,728" not in text
+
+
 def test_a_question_shows_both_of_its_answers_in_its_group(run: RunDirectory) -> None:
     text = Page(write_report(run.path)).text
     assert "Became right 1 question Question 0? Expected gold-0 Before ✗ Wrong: early-0 After ✓ Right: late-0" in text

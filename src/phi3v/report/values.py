@@ -99,7 +99,7 @@ def humanised(key: str) -> str:
     }
     if key in names:
         return names[key]
-    for suffix in ("in_bytes", "_s"):
+    for suffix in ("_bytes", "_s"):
         key = key.removesuffix(suffix)
     return key.replace("_", " ")
 
@@ -116,7 +116,7 @@ def quantity(key: str, value: Any, depth: int = 0) -> str:
     number = to_number(value)
     if number is None:
         return to_text(value)
-    if key.endswith("in_bytes"):
+    if key.endswith("_bytes"):
         return in_bytes(number)
     if key.endswith("_s") or key == "seconds":
         return in_duration(number)
