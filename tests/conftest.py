@@ -24,7 +24,7 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """The published tokenizer files, and what the published code gave on a tiny model (spec section 6)."""
+    """The published tokenizer files, and what the published code gave on a tiny model."""
     return GOLDEN
 
 

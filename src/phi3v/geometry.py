@@ -50,7 +50,7 @@ def hd_layout(height: int, width: int, num_crops: int, crop_px: int = CROP_PX) -
     Raises:
         ValueError: a size or ``num_crops`` below 1, or an aspect ratio whose short side would vanish.
 
-    Source: published processor's HD transform, spec section 2.
+    Source: published processor's HD transform.
 
     >>> hd_layout(1100, 850, num_crops=16).grid  # a portrait page
     (4, 4)

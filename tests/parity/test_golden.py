@@ -1,4 +1,4 @@
-"""What the published implementation gave on a tiny model, recorded in ``tests/golden`` (spec section 6).
+"""What the published implementation gave on a tiny model, recorded in ``tests/golden``.
 
 The recordings were made in float32 with eager attention; ours must agree in float32 with both kernels.
 """

@@ -13,7 +13,7 @@ CROPS = st.integers(1, 40)
 
 
 def counted_tokens(rows: int, columns: int, side: int) -> int:
-    """Lays the tokens out one by one, as spec section 3 draws them."""
+    """Lays the tokens out one by one, as docs/internals.md says."""
     tokens = 0
     for grid_rows, grid_columns in ((rows, columns), (1, 1)):  # the tiles, then the global view
         for _ in range(grid_rows * side):

@@ -1,4 +1,4 @@
-"""The HD transform against a plain one written from spec section 2, and what images people really have."""
+"""The HD transform against a plain one written from docs/internals.md, and what images people really have."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def noise(h: int, w: int, channels: int = 3) -> np.ndarray:
 
 
 def reference(image: Image.Image, num_crops: int, edge: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Returns an image's crops, global view first, and its padded (h, w); spec section 2 line by line."""
+    """Returns an image's crops, global view first, and its padded (h, w); docs/internals.md line by line."""
     pixels = np.asarray(image.convert("RGB"))
     is_portrait = pixels.shape[1] < pixels.shape[0]
     if is_portrait:

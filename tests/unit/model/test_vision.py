@@ -1,4 +1,4 @@
-"""From crops to decoder rows, against transformers' CLIP and loops written from spec section 3."""
+"""From crops to decoder rows, against transformers' CLIP and loops written from docs/internals.md."""
 
 import pytest
 import torch
