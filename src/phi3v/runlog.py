@@ -191,7 +191,7 @@ class RunDirectory:
         """Writes the predictions made at ``step``, one line a question, in place of any written there before."""
         path = self.predictions_path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, b"".join(_json_line(row) for row in rows))
+        write_json_lines(path, rows)
         return path
 
     def write_data(self, summary: Mapping[str, Any]) -> None:
@@ -321,6 +321,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes ``value`` as indented JSON, whole or not at all; numbers that are not finite become null."""
     text = json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_atomically(path, _encode(text))
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one line of JSON a row, whole or not at all; numbers that are not finite become null."""
+    write_atomically(path, b"".join(_json_line(row) for row in rows))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

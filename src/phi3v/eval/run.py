@@ -1,6 +1,5 @@
 """A model, a data set and a metric: a score with its interval, and every prediction."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..errors import ConfigError
 from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
-from ..runlog import write_json
+from ..runlog import write_json, write_json_lines
 from .generate import generate_predictions
 from .metrics import Score, score_predictions
 
@@ -100,9 +99,7 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         seed=config.seed,
     )
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row in result.rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json_lines(output / "predictions.jsonl", result.rows)
     (output / "config.yaml").write_text(config.to_yaml(), "utf-8")
     scores = {**asdict(result.score), "seconds": result.seconds, "skipped": summary.skipped}
     write_json(output / "eval.json", scores)

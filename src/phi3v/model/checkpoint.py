@@ -118,9 +118,7 @@ def load_processor(path: str | Path, num_crops: int | None = None) -> Phi3VProce
     return Phi3VProcessor.from_pretrained(path, num_crops=num_crops)
 
 
-def save_model(
-    model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, folder: str | Path, **save_options: Any
-) -> Path:
+def save_model(model: PreTrainedModel | PeftModel, processor: Phi3VProcessor, folder: str | Path) -> Path:
     """Writes a model folder in one piece: complete under its name, or not there at all.
 
     A full model is written in the published layout, a ``PeftModel`` in PEFT's adapter format; both with the
@@ -130,10 +128,9 @@ def save_model(
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if isinstance(model, PeftModel):
-        # An adapter on lm_head must not drag the base's own lm_head into the file.
-        save_options.setdefault("save_embedding_layers", False)
-    model.save_pretrained(str(temporary), **save_options)
+    # An adapter on lm_head must not drag the base's own lm_head into the file.
+    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(temporary), **options)
     (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model-card template, full of blanks
     processor.save_pretrained(temporary)
     mode = (temporary / "preprocessor_config.json").stat().st_mode
