@@ -23,7 +23,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 LORA_PARTS: tuple[Part, ...] = ("vision", "projector", "decoder", "head")
 """Where adapters stand unless `TrainConfig.lora_parts` says otherwise."""
 
-Metric = Literal["accuracy", "exact_match", "anls"]
+Metric = Literal["accuracy", "exact_match", "anls", "vqa_accuracy", "relaxed_accuracy", "f1"]
+Scoring = Literal["generate", "likelihood", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Attention = Literal["sdpa", "eager"]
 RopeMode = Literal["auto", "short", "long"]
@@ -40,6 +41,13 @@ SECTIONS = (MODEL_AND_DATA, METHOD, OPTIMISATION, HARDWARE, CHECKPOINTS, EVALUAT
 
 MAX_SEED = 2**32 - 1
 """The largest seed that every random generator in use takes."""
+
+
+_SCORING_DOC = (
+    "Where answers come from. Generate: greedy generation. Likelihood: the likeliest label, for questions with a "
+    "closed set of labels; gives probabilities. Both: generated answers are scored, and probabilities taken besides."
+)
+_LABELS_DOC = "Closed set of answers of every question that names none itself (docs/data.md). None: open questions."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +98,7 @@ class RunConfig:
         familiar_names=("attn_implementation", "use_flash_attention"),
     )
     device: Device = setting(HARDWARE, "Where to run. Auto: the GPU if there is one.", default="auto")
+    progress: bool = setting(LOGGING, "Show progress bars.", default=True, familiar_names=("disable_tqdm", "no_tqdm"))
 
     def __post_init__(self) -> None:
         settings = settings_of(type(self))
@@ -149,11 +158,12 @@ class TrainConfig(RunConfig):
         default="decode",
     )
 
-    method: Literal["full", "frozen_vision", "lora"] = setting(
+    method: Literal["full", "frozen_vision", "lora", "qlora"] = setting(
         METHOD,
-        "What is trained: every weight, every weight but the vision encoder's and its projector's, or adapters (LoRA).",
+        "What is trained: every weight, every weight but the vision encoder's and its projector's, adapters (LoRA), or "
+        "adapters on a decoder that is held in 4 bit (QLoRA; needs the package bitsandbytes).",
         default="full",
-        familiar_names=("use_lora", "freeze_vision_model"),
+        familiar_names=("use_lora", "use_qlora", "freeze_vision_model"),
     )
     freeze: list[Part] = setting(METHOD, "Parts left untrained, besides those that the method freezes.", default=[])
     part_learning_rates: dict[Part, float] = setting(
@@ -164,7 +174,7 @@ class TrainConfig(RunConfig):
         "Rank of the adapters, dimensions.",
         default=64,
         at_least=1,
-        needs=("method=lora",),
+        needs=("method=lora|qlora",),
         familiar_names=("lora_r",),
     )
     lora_alpha: float = setting(
@@ -172,7 +182,7 @@ class TrainConfig(RunConfig):
         "Strength of the adapters: their output is scaled by lora_alpha / lora_rank.",
         default=128.0,
         above=0,
-        needs=("method=lora",),
+        needs=("method=lora|qlora",),
     )
     lora_dropout: float = setting(
         METHOD,
@@ -180,19 +190,19 @@ class TrainConfig(RunConfig):
         default=0.0,
         at_least=0,
         below=1,
-        needs=("method=lora",),
+        needs=("method=lora|qlora",),
     )
     lora_parts: list[Part] | None = setting(
         METHOD,
         f"Parts that get adapters. None: {', '.join(LORA_PARTS)}, less the frozen ones.",
         default=None,
-        needs=("method=lora",),
+        needs=("method=lora|qlora",),
     )
 
     learning_rate: float = setting(
         OPTIMISATION,
         "Highest learning rate. Published runs took 5e-6 to 5e-5 for full, 2e-5 to 1e-4 for frozen_vision and 2e-4 for "
-        "lora.",
+        "lora and qlora.",
         default=4e-5,
         above=0,
         familiar_names=("lr",),
@@ -245,6 +255,12 @@ class TrainConfig(RunConfig):
     adam_epsilon: float = setting(OPTIMISATION, "AdamW's epsilon.", default=1e-7, above=0)
     max_grad_norm: float = setting(
         OPTIMISATION, "Gradients are scaled down to this norm. 0: never.", default=1.0, at_least=0
+    )
+    sampling: Literal["shuffle", "class_balanced", "one_per_image"] = setting(
+        OPTIMISATION,
+        "What an epoch draws, always in random order: every sample once; as many samples, every last answer equally "
+        "often; or for every image (or set of images) one of its samples.",
+        default="shuffle",
     )
     loss_weighting: Literal["sample_mean", "token_mean"] = setting(
         OPTIMISATION,
@@ -302,10 +318,24 @@ class TrainConfig(RunConfig):
     )
     eval_metric: Metric = setting(
         EVALUATION,
-        "How a generated answer is scored.",
+        "How an answer is scored.",
         default="accuracy",
         needs=("eval_data",),
         familiar_names=("metric",),
+    )
+    eval_scoring: Scoring = setting(
+        EVALUATION,
+        _SCORING_DOC,
+        default="generate",
+        needs=("eval_data",),
+        familiar_names=("scoring",),
+    )
+    eval_labels: list[str] = setting(
+        EVALUATION,
+        _LABELS_DOC,
+        default=[],
+        needs=("eval_data",),
+        familiar_names=("labels",),
     )
     eval_batch_size: int = setting(
         EVALUATION,
@@ -360,6 +390,11 @@ class TrainConfig(RunConfig):
                 )
 
     @property
+    def trains_adapters(self) -> bool:
+        """Whether low-rank adapters are trained and every weight of the model itself stays as it is."""
+        return self.method in ("lora", "qlora")
+
+    @property
     def frozen_parts(self) -> tuple[Part, ...]:
         """The parts whose own weights ``freeze`` and ``method=frozen_vision`` leave untrained, adapters or not."""
         by_method = ("vision", "projector") if self.method == "frozen_vision" else ()
@@ -367,8 +402,8 @@ class TrainConfig(RunConfig):
 
     @property
     def trained_parts(self) -> tuple[Part, ...]:
-        """The parts that the run changes: their own weights, or with ``method=lora`` their adapters'."""
-        reached = (LORA_PARTS if self.lora_parts is None else self.lora_parts) if self.method == "lora" else PARTS
+        """The parts that the run changes: their own weights, or their adapters'."""
+        reached = (LORA_PARTS if self.lora_parts is None else self.lora_parts) if self.trains_adapters else PARTS
         return tuple(part for part in PARTS if part in reached and part not in self.frozen_parts)
 
 
@@ -378,8 +413,10 @@ class EvalConfig(RunConfig):
 
     data: list[Path] = setting(MODEL_AND_DATA, "Samples whose questions are asked: JSONL files.")
     metric: Metric = setting(
-        EVALUATION, "How a generated answer is scored.", default="accuracy", familiar_names=("eval_metric",)
+        EVALUATION, "How an answer is scored.", default="accuracy", familiar_names=("eval_metric",)
     )
+    scoring: Scoring = setting(EVALUATION, _SCORING_DOC, default="generate", familiar_names=("eval_scoring",))
+    labels: list[str] = setting(EVALUATION, _LABELS_DOC, default=[], familiar_names=("eval_labels",))
     batch_size: int = setting(EVALUATION, "Questions answered at once.", default=8, at_least=1)
     max_new_tokens: int = setting(EVALUATION, "Longest generated answer, tokens.", default=64, at_least=1)
     seed: int = setting(

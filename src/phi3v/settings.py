@@ -43,7 +43,8 @@ class Setting:
         at_most: inclusive upper bound.
         below: exclusive upper bound.
         familiar_names: what other trainers call it, for the did-you-mean.
-        needs: what must hold for anything to read this field: ``field`` (is set) or ``field=value``.
+        needs: what must hold for anything to read this field: ``field`` (is set), ``field=value`` or
+            ``field=value|value``.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Setting:
         if self.shape == "mapping":
             text = f"part=number pairs; parts {words}; {_number_in_words(self, 'numbers')}"
         elif self.shape == "list":
-            text = f"a list of {words or 'paths'}"
+            text = f"a list of {words or ('paths' if self.kind is Path else 'texts')}"
         elif words:
             text = words
         elif self.kind is bool:
@@ -105,7 +106,7 @@ class Setting:
         for need in self.needs:
             name, _, wanted = need.partition("=")
             value = values.get(name, settings[name].default)
-            if value != wanted if wanted else value in (None, []):
+            if value not in wanted.split("|") if wanted else value in (None, []):
                 unmet.append(need)
         return unmet
 

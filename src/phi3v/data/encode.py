@@ -144,7 +144,7 @@ class SampleEncoder:
         """Checks text and tags against the images, and counts what the images cost."""
         texts = [sample.system or ""]
         for turn in sample.turns:
-            texts += [*IMAGE_TAG.split(turn.user)[::2], turn.assistant]
+            texts += [*IMAGE_TAG.split(turn.user)[::2], turn.assistant, *turn.labels]
         for text in texts:
             if found := self._special_token.search(text):
                 raise sample_error(

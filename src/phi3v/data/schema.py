@@ -21,7 +21,7 @@ _MAX_TAG_CHARS = 20  # a number that no conversation reaches, and short enough f
 _FORMAT_TOKENS = re.compile(r"<\|(?:user|assistant|system|end|endoftext)\|>")
 
 _SAMPLE_KEYS = ("id", "source", "system", "num_crops", "conversations")
-_TURN_KEYS = ("images", "user", "assistant", "answers")
+_TURN_KEYS = ("images", "user", "assistant", "answers", "labels")
 
 
 class SampleError(DataError):
@@ -44,13 +44,15 @@ class Turn:
         user: the user's text. It holds image tags only where the line's author placed them.
         assistant: the answer to learn.
         images: paths as the file names them, in the order in which the turn shows them.
-        answers: every answer that scoring accepts; ``assistant`` is the first.
+        answers: every answer that scoring accepts, as often as it was given; ``assistant`` is among them.
+        labels: the closed set of answers that the question allows, or empty; ``assistant`` is one of them.
     """
 
     user: str
     assistant: str
     images: tuple[str, ...]
     answers: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def parse_sample(line: str, where: str) -> Sample:
     >>> sample = parse_sample('{"id": "7", "conversations": [{"images": ["a.png"], "user": "Total?", '
     ...                       '"assistant": "12"}]}', "bills.jsonl:1")
     >>> sample.turns[0]
-    Turn(user='Total?', assistant='12', images=('a.png',), answers=('12',))
+    Turn(user='Total?', assistant='12', images=('a.png',), answers=('12',), labels=())
     """
     try:
         record = json.loads(line, object_pairs_hook=_object_without_repeats)
@@ -251,8 +253,28 @@ def _parse_turn(where: str, turn: Any) -> Turn:
         user=user,
         assistant=assistant,
         images=tuple(images),
-        answers=tuple(dict.fromkeys([assistant, *answers])),
+        answers=tuple(answers) if assistant in answers else (assistant, *answers),
+        labels=_labels(where, turn.get("labels"), assistant),
     )
+
+
+def _labels(where: str, labels: Any, assistant: str) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    is_list = isinstance(labels, list) and all(isinstance(label, str) and label.strip() for label in labels)
+    if not is_list or len(labels) < 2 or len(set(labels)) < len(labels):
+        raise _type_error(where, "'labels'", labels, "a list of at least two different answers, none of them empty")
+    for label in labels:
+        _check_encodable(where, "a label", label)
+        _refuse_tokens(where, "a label", label, _FORMAT_TOKENS, _NEAR_TAG)
+    if assistant not in labels:
+        raise sample_error(
+            where,
+            f"the answer {assistant!r} is none of its labels {', '.join(map(repr, labels))}",
+            "Write the answer as one of the labels, letter by letter, or add it to them.",
+            "answer outside the labels",
+        )
+    return tuple(labels)
 
 
 def _in_text_order(where: str, turns: Sequence[Turn]) -> tuple[Turn, ...]:
