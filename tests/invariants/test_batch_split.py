@@ -15,6 +15,7 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import WindowSampler
+from phi3v.train.order import Shuffled
 from phi3v.train.run import run_training
 from training import final_weights, largest_difference, make_config, write_training_data
 
@@ -62,7 +63,7 @@ def test_loss_is_the_plain_mean(runs: Any, tiny_model: Phi3VForCausalLM, process
         counts.append(int((batch["labels"] != -100).sum()))
         del batch["loss_weights"]
         means.append(tiny_model(**batch).loss.item())
-    first = WindowSampler(range(len(dataset)), batch_size=8, micro_batch_size=1, seed=0).window(0)
+    first = WindowSampler(Shuffled(len(dataset), seed=0), batch_size=8, micro_batch_size=1).window(0)
     if weighting == "sample_mean":
         expected = sum(means[index] for index in first) / 8
     else:

@@ -1,19 +1,19 @@
-"""Which samples each optimizer step sees: a pure function of the seed and the epoch.
+"""Which samples each optimizer step sees: a pure function of the epoch's order.
 
 An optimizer step consumes one *window* of ``batch_size`` samples, cut into micro-batches that the ranks share. Nothing
 here reads a global random state, the number of workers or the number of processes, so a resumed run and a run split
 another way see the same windows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import IGNORED_LABEL, Encoded, SampleEncoder
+from phi3v.train.order import EpochOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +36,32 @@ class WindowSampler(Sampler[list[Draw]]):
     smaller batch, and a rank left without samples in it gets a filler.
 
     Args:
-        indices: dataset positions to train on (the skipped samples are not in it).
+        order: what each epoch draws.
         batch_size: samples in a window, over all ranks.
         micro_batch_size: samples in one forward of one rank.
-        seed: with the epoch, what the order is made of.
         rank: this process, 0-based.
         num_ranks: processes that share each window.
 
-    >>> sampler = WindowSampler(range(5), batch_size=4, micro_batch_size=2, seed=0)
+    >>> from phi3v.train.order import Shuffled
+    >>> sampler = WindowSampler(Shuffled(5, seed=0), batch_size=4, micro_batch_size=2)
     >>> [len(batch) for batch in sampler], sampler.num_windows
     ([2, 2, 1], 2)
     """
 
     def __init__(
         self,
-        indices: Sequence[int],
+        order: EpochOrder,
         *,
         batch_size: int,
         micro_batch_size: int,
-        seed: int,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
         if batch_size % (micro_batch_size * num_ranks):
             raise ValueError(f"{batch_size} samples do not split into {num_ranks} x {micro_batch_size}")
-        self.indices = np.asarray(indices, dtype=np.int64)
+        self.order = order
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
-        self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
         self.epoch = 0
@@ -71,31 +69,25 @@ class WindowSampler(Sampler[list[Draw]]):
     @property
     def num_windows(self) -> int:
         """Optimizer steps in an epoch."""
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.order) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, 0-based, that the next iteration yields."""
         self.epoch = epoch
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Returns the dataset positions of ``epoch`` in training order: (n,) int64."""
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        return self.indices[generator.permutation(len(self.indices))]
-
     def window(self, step: int) -> list[int]:
         """Returns the dataset positions that optimizer step ``step`` (0-based, over the whole run) trains on."""
         epoch, number = divmod(step, self.num_windows)
         start = number * self.batch_size
-        return self.order(epoch)[start : start + self.batch_size].tolist()
+        return self.order.of(epoch)[start : start + self.batch_size].tolist()
 
     def __len__(self) -> int:
-        last = len(self.indices) % self.batch_size
-        full = len(self.indices) // self.batch_size
+        full, last = divmod(len(self.order), self.batch_size)
         stride = self.micro_batch_size * self.num_ranks
         return full * (self.batch_size // stride) + -(-last // stride)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = self.order(self.epoch).tolist()
+        order = self.order.of(self.epoch).tolist()
         stride = self.micro_batch_size * self.num_ranks
         for start in range(0, len(order), self.batch_size):
             window = order[start : start + self.batch_size]

@@ -32,9 +32,7 @@ class CheckedData:
     summaries: dict[str, dict[str, Any]]
 
 
-def check_data(
-    config: TrainConfig, processor: Phi3VProcessor, record: Path, args: TrainingArguments, progress: bool = True
-) -> CheckedData:
+def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, args: TrainingArguments) -> CheckedData:
     """Opens and checks the run's samples.
 
     The first process checks, and tells the others which samples stay out. A later start with the same samples and
@@ -45,7 +43,6 @@ def check_data(
         processor: gives the lengths.
         record: JSON file for the findings.
         args: says which process this is.
-        progress: show a bar.
 
     Raises:
         DataError: a sample cannot be used and may not be left out.
@@ -61,7 +58,7 @@ def check_data(
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         findings = [
             {
-                name: _check_split(dataset, own_encoder, config, known.get(name), progress)
+                name: _check_split(dataset, own_encoder, config, known.get(name))
                 for name, (dataset, own_encoder) in splits.items()
             }
         ]
@@ -80,7 +77,6 @@ def _check_split(
     encoder: SampleEncoder,
     config: TrainConfig,
     known: dict[str, Any] | None,
-    progress: bool,
 ) -> dict[str, Any]:
     """Returns the findings on one split: those in ``known`` if they answer the same question, else new ones."""
     question = {
@@ -99,7 +95,7 @@ def _check_split(
         encoder,
         on_bad_sample=config.on_bad_sample,
         decode_images=config.check_images == "decode",
-        progress=progress,
+        progress=config.progress,
     )
     return {
         "question": question,

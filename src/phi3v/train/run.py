@@ -40,6 +40,7 @@ from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import CheckedData, check_data
 from phi3v.train.evaluation import Scorer
 from phi3v.train.identity import identify
+from phi3v.train.order import epoch_order
 from phi3v.train.rehearsal import rehearse_saving, require_disk_space
 from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
 from phi3v.train.trainer import Phi3VTrainer
@@ -303,10 +304,9 @@ def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start)
     """Puts the trainer together, with its optimizer and callbacks."""
     config, args, store = room.config, room.args, room.store
     sampler = WindowSampler(
-        range(len(room.data.train)),
+        epoch_order(room.data.train, config.sampling, config.seed),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        seed=config.seed,
         rank=args.process_index,
         num_ranks=args.world_size,
     )
@@ -349,7 +349,8 @@ def add_reporters(trainer: Phi3VTrainer, room: Room, start: Start) -> None:
         writer = SummaryWriter(log_dir=str(room.run.tensorboard_dir), purge_step=first_step)
         trainer.add_callback(TensorBoardCallback(writer))
     trainer.add_callback(RunLog(room.run))
-    trainer.add_callback(ProgressLine())
+    if room.config.progress:
+        trainer.add_callback(ProgressLine())
 
 
 def make_collator(room: Room) -> Collator:

@@ -132,7 +132,7 @@ class Phi3VTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.sampler.seed),
+            generator=torch.Generator().manual_seed(self.args.seed),
         )
 
     def get_batch_samples(

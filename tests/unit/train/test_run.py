@@ -18,6 +18,7 @@ from phi3v.eval.run import EvalResult
 from phi3v.model.checkpoint import load_model, load_processor, save_model
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
+from phi3v.train.order import Shuffled
 from phi3v.train.run import accumulation_steps, run_training
 from training import final_weights, logged, make_config, write_training_data
 
@@ -90,7 +91,7 @@ def test_a_run_trains_on_the_windows_that_the_sampler_names(
 
     monkeypatch.setattr(TrainingSamples, "__getitem__", record)
     run_training(config(num_train_epochs=2, save_steps=None))
-    sampler = WindowSampler(range(11), batch_size=4, micro_batch_size=1, seed=0)
+    sampler = WindowSampler(Shuffled(11, seed=0), batch_size=4, micro_batch_size=1)
     of_the_audit, *trained = drawn
     assert of_the_audit == 1, "the first sample with an image"
     assert trained == [index for step in range(6) for index in sampler.window(step)]
