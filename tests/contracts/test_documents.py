@@ -13,6 +13,7 @@ from phi3v.config import TrainConfig, load_config
 from phi3v.data.schema import parse_sample
 
 ROOT = Path(__file__).parents[2]
+STARTS = re.compile(r"phi3v |python recipes/|torchrun .*recipes/")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -26,24 +27,35 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in [*blocks(page, ""), *blocks(page, "sh"), *blocks(page, "bash")]:
             joined = block.replace("\\\n", " ")
-            found += [(page.name, line) for line in joined.splitlines() if line.startswith("phi3v ")]
+            found += [(page.name, line) for line in joined.splitlines() if STARTS.match(line)]
+        inline = re.findall(r"`(phi3v data [^`]+|python recipes/[^`]+)`", page.read_text("utf-8"))
+        found += [(page.name, line.replace("\n", " ")) for line in inline if "..." not in line]
     return found
 
 
 @cache
-def help_of(verb: str) -> str:
-    command = [sys.executable, "-m", "phi3v", verb, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def help_of(program: tuple[str, ...]) -> str:
+    return subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def split_program(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Splits a command into what answers ``--help`` and the arguments that its help must name."""
+    if words[0] == "phi3v":
+        num_words = 1 + (words[1] == "data") + (words[1:3] == ["data", "convert"])
+        return (sys.executable, "-m", "phi3v", *words[1 : 1 + num_words]), words[1 + num_words :]
+    (script,) = (number for number, word in enumerate(words) if word.endswith(".py"))
+    return (sys.executable, str(ROOT / words[script])), words[script + 1 :]
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_use_verbs_and_options_that_exist(page: str, command: str) -> None:
-    words = command.partition(" #")[0].split()
-    known = help_of(words[1])
-    for word in words[2:]:
+    program, arguments = split_program(command.partition(" #")[0].split())
+    known = help_of(program).replace("-", "_")
+    for word in arguments:
         if word.startswith("--"):
-            name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1).replace("--no_", "--", 1)
-            assert name in known, f"{page}: {command}: no option {word}"
+            name = word.partition("=")[0].replace("-", "_")
+            is_field = program[1].endswith(".py") and name[2:] in TrainConfig.__dataclass_fields__
+            assert is_field or name in known or name.replace("__no_", "__", 1) in known, f"{page}: no option {word}"
 
 
 def test_there_are_commands_to_check() -> None:

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from phi3v import __version__
+from phi3v.arguments import Parser, exit_code, positive, with_underscores
+from phi3v.cli.data import data
 from phi3v.config import (
     SECTIONS,
     Attention,
@@ -23,56 +25,27 @@ from phi3v.config import (
     describe_fields,
     load_config,
 )
-from phi3v.errors import ConfigError, DataError, Phi3VError
+from phi3v.errors import DataError
 from phi3v.settings import Setting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one verb and returns the process's exit code, as ``exit_code`` gives it.
 
     Args:
         arguments: what follows ``phi3v``; the process's own when None.
-
-    Returns:
-        The exit code: 0, 2 for a usage or configuration error, 1 for any other error that phi3v raises on purpose,
-        130 when interrupted. Other exceptions go through with their traceback.
     """
-    # Read by OpenMP when torch is first imported. Its threads otherwise wait for each other by spinning, which costs a
-    # CPU run most of its speed as soon as another program wants a core (measured: docs/LOG.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        _run(sys.argv[1:] if arguments is None else arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except Phi3VError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(arguments: Sequence[str]) -> None:
     width = max(map(len, VERBS))
-    parser = _Parser(
+    parser = Parser(
         prog="phi3v",
         usage="phi3v VERB ...",
         description="Fine-tune Phi-3.5-vision.",
@@ -122,16 +95,19 @@ def generate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
-        "--max_new_tokens", type=_positive, default=64, metavar="N", help="longest answer, tokens (default: 64)"
+        "--max_new_tokens", type=positive, default=64, metavar="N", help="longest answer, tokens (default: 64)"
     )
     parser.add_argument(
-        "--num_crops", type=_positive, metavar="N", help="most crops an image is cut into (default: the model's own)"
+        "--num_crops",
+        type=positive,
+        metavar="N",
+        help="most crops an image is cut into (default: the model's own)",
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: auto")
     parser.add_argument("--attention", choices=get_args(Attention), default="sdpa", help="default: sdpa")
     parser.add_argument("--rope_mode", choices=get_args(RopeMode), default="auto", help="default: auto")
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
-    options = parser.parse_args(_with_underscores(arguments))
+    options = parser.parse_args(with_underscores(arguments))
     images = [_open_image(path) for path in options.image]
     from phi3v.eval.generate import generate_once
     from phi3v.model.checkpoint import load_model, load_processor
@@ -170,14 +146,14 @@ def merge(arguments: Sequence[str]) -> None:
         help="real samples to compare the two on; repeat for more files",
     )
     parser.add_argument("--image_dir", type=Path, metavar="PATH", help="folder that their image paths start from")
-    parser.add_argument("--samples", type=_positive, default=4, metavar="N", help="samples to compare (default: 4)")
+    parser.add_argument("--samples", type=positive, default=4, metavar="N", help="samples to compare (default: 4)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="number format of the merged files (default: auto, the base's own)",
     )
-    options = parser.parse_args(_with_underscores(arguments))
+    options = parser.parse_args(with_underscores(arguments))
     from phi3v.eval.merge import merge_and_verify
 
     report = merge_and_verify(
@@ -196,7 +172,7 @@ def report(arguments: Sequence[str]) -> None:
     """Write a run's report.html: curves, scores, predictions."""
     parser = _verb_parser("report")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, the output_dir of `phi3v train`")
-    options = parser.parse_args(_with_underscores(arguments))
+    options = parser.parse_args(with_underscores(arguments))
     from phi3v.report import write_report
 
     print(write_report(options.run))
@@ -206,7 +182,7 @@ def demo(arguments: Sequence[str]) -> None:
     """Train a tiny model from scratch on the spot, to see every part at work."""
     parser = _verb_parser("demo")
     parser.add_argument("--output_dir", type=Path, default=Path("demo-run"), metavar="PATH", help="default: demo-run")
-    options = parser.parse_args(_with_underscores(arguments))
+    options = parser.parse_args(with_underscores(arguments))
     from phi3v.demo import run_demo
 
     run_demo(options.output_dir)
@@ -218,6 +194,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
     "merge": merge,
     "report": report,
+    "data": data,
     "demo": demo,
 }
 
@@ -226,8 +203,8 @@ def _purpose(verb: Callable[[Sequence[str]], None]) -> str:
     return (verb.__doc__ or "").strip()
 
 
-def _verb_parser(name: str) -> _Parser:
-    return _Parser(prog=f"phi3v {name}", description=_purpose(VERBS[name]), allow_abbrev=False)
+def _verb_parser(name: str) -> Parser:
+    return Parser(prog=f"phi3v {name}", description=_purpose(VERBS[name]), allow_abbrev=False)
 
 
 def _read_config(verb: str, cls: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
@@ -239,7 +216,7 @@ def _read_config(verb: str, cls: type[ConfigT], arguments: Sequence[str]) -> Con
     return load_config(cls, Path(arguments[0]) if has_file else None, arguments[1:] if has_file else arguments)
 
 
-def _field_help(verb: str, cls: type[RunConfig]) -> _Parser:
+def _field_help(verb: str, cls: type[RunConfig]) -> Parser:
     """Returns a parser that describes every field; `load_config`, not argparse, reads them."""
     parser = _verb_parser(verb)
     parser.usage = f"phi3v {verb} [CONFIG.yaml] [--field value ...]"
@@ -268,23 +245,6 @@ def _placeholder(one: Setting) -> str:
         return "WORD,..." if one.shape == "list" else "WORD"
     names: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
     return f"{names[one.kind]},..." if one.shape == "list" else names[one.kind]
-
-
-def _with_underscores(arguments: Sequence[str]) -> list[str]:
-    """Rewrites ``--dashes-in-names`` as the ``--under_scores`` that the parsers know; values stay."""
-    rewritten = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        is_option = name.startswith("--") and " " not in name
-        rewritten.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else argument)
-    return rewritten
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.strip().isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
-    return number
 
 
 def _open_image(path: Path) -> "Image":
