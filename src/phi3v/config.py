@@ -375,6 +375,7 @@ class TrainConfig(RunConfig):
                 f"batch_size is {self.batch_size}, which micro_batch_size {self.micro_batch_size} does not divide; "
                 f"set batch_size to a multiple of {self.micro_batch_size}"
             )
+        _check_labels("eval_labels", self.eval_labels)
         for part in self.lora_parts or []:
             if part in self.frozen_parts:
                 raise ConfigError(
@@ -423,6 +424,10 @@ class EvalConfig(RunConfig):
         EVALUATION, "Seed of the confidence interval's resampling.", default=0, at_least=0, at_most=MAX_SEED
     )
     limit: int | None = setting(EVALUATION, "Samples used, from the first. None: all.", default=None, at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_labels("labels", self.labels)
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -488,6 +493,11 @@ def configuration_page() -> str:
     return _PAGE.format(train=_table(TrainConfig), eval=_table(EvalConfig))
 
 
+def _check_labels(name: str, labels: Sequence[str]) -> None:
+    if len(labels) == 1 or len(set(labels)) < len(labels):
+        raise ConfigError(f"{name} is {', '.join(map(repr, labels))}; a closed set has at least two different answers")
+
+
 def _refuse_unread(one: Setting, settings: Mapping[str, Setting], values: Mapping[str, Any], place: str = "") -> None:
     unmet = one.unmet(settings, values)
     if unmet:
@@ -501,7 +511,7 @@ def _table(cls: type[RunConfig]) -> str:
         if rows:
             lines += [f"### {section.capitalize()}", "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
         for one in rows:
-            needs = f" Needs `{'`, `'.join(one.needs)}`." if one.needs else ""
+            needs = f" Needs `{'`, `'.join(one.needs)}`.".replace("|", "` or `") if one.needs else ""
             lines.append(f"| `{one.name}` | {one.default_text} | {one.allowed} | {one.doc}{needs} |")
         if rows:
             lines.append("")

@@ -101,13 +101,13 @@ class Setting:
         return str(self.default)
 
     def unmet(self, settings: "Mapping[str, Setting]", values: Mapping[str, Any]) -> list[str]:
-        """Returns those of its needs that ``values``, defaults filling the gaps, do not meet."""
+        """Returns, in words, those of its needs that ``values``, defaults filling the gaps, do not meet."""
         unmet = []
         for need in self.needs:
             name, _, wanted = need.partition("=")
             value = values.get(name, settings[name].default)
             if value not in wanted.split("|") if wanted else value in (None, []):
-                unmet.append(need)
+                unmet.append(need.replace("|", " or "))
         return unmet
 
     def read(self, raw: object) -> Any:

@@ -136,7 +136,7 @@ def test_paths_stay_relative_and_a_tilde_is_the_home_directory(tmp_path: Path, m
         ("adam_beta2: 1", "adam_beta2 is '1'; allowed: a number, at least 0 and below 1"),
         ("seed: 4294967296", "seed is '4294967296'; allowed: a whole number, at least 0 and at most 4294967295"),
         ("gradient_checkpointing: 1", "gradient_checkpointing is '1'; allowed: true or false"),
-        ("method: lorra", "method is 'lorra'; allowed: full, frozen_vision or lora - did you mean 'lora'?"),
+        ("method: lorra", "method is 'lorra'; allowed: full, frozen_vision, lora or qlora - did you mean 'lora'?"),
         (
             "freeze: [visoin]",
             "freeze holds 'visoin'; allowed: a list of vision, projector, decoder, embeddings or head",
@@ -229,7 +229,9 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
             "part_learning_rates names 'vision', which this run does not train; it trains decoder, embeddings, head",
         ),
         ({"method": "lora", "part_learning_rates": {"embeddings": 1e-5}}, "part_learning_rates names 'embeddings'"),
-        ({"lora_rank": 8}, "lora_rank is set, but nothing would read it: it needs method=lora"),
+        ({"eval_data": ["e"], "eval_labels": ["yes"]}, "eval_labels is 'yes'; a closed set has at least two different"),
+        ({"eval_data": ["e"], "eval_labels": ["a", "b", "a"]}, "a closed set has at least two different answers"),
+        ({"lora_rank": 8}, "lora_rank is set, but nothing would read it: it needs method=lora or qlora"),
         ({"eval_steps": 8}, "eval_steps is set, but nothing would read it: it needs eval_data"),
         (
             {"eval_data": ["a"], "early_stopping_patience": 2},

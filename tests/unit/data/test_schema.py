@@ -23,7 +23,13 @@ def text_of(sample, upto_turn=None) -> str:
 
 def test_every_key_is_read():
     sample = parse(
-        {"images": ["a.png", "b.png"], "user": "Same?", "assistant": "No", "answers": ["no", "No", "they differ"]},
+        {
+            "images": ["a.png", "b.png"],
+            "user": "Same?",
+            "assistant": "No",
+            "answers": ["no", "they differ", "no"],
+            "labels": ["Yes", "No"],
+        },
         {"user": "Sure?", "assistant": "Yes"},
         system="Be brief.",
         num_crops=16,
@@ -32,13 +38,20 @@ def test_every_key_is_read():
     assert (sample.id, sample.system, sample.num_crops, sample.source) == ("s", "Be brief.", 16, "hand")
     assert sample.where == WHERE
     assert sample.images == ("a.png", "b.png")
-    assert sample.turns[0].answers == ("No", "no", "they differ")
+    assert sample.turns[0].answers == ("No", "no", "they differ", "no")  # annotators may agree
+    assert sample.turns[0].labels == ("Yes", "No")
     assert sample.turns[1] == Turn(user="Sure?", assistant="Yes", images=(), answers=("Yes",))
+
+
+def test_an_answer_among_the_accepted_ones_is_not_counted_again():
+    answers = ["no", "No", "they differ", "No"]
+    sample = parse({"user": "Same?", "assistant": "No", "answers": answers})
+    assert sample.turns[0].answers == tuple(answers)
 
 
 def test_keys_that_may_be_left_out_may_be_null():
     turn = {"user": "Hi", "assistant": "Hello"}
-    empty = {"images": None, "answers": None}
+    empty = {"images": None, "answers": None, "labels": None}
     assert parse(turn | empty, system=None, num_crops=None, source=None) == parse(turn)
     assert parse(turn, system="").system is None
 
@@ -126,6 +139,11 @@ BAD_LINES = {
     "empty answer": (line({"user": "q", "assistant": " \n"}), "empty answer", "take the sample out"),
     "empty question": (line({"user": "", "assistant": "a"}), "empty text", "Write its text"),
     "empty further answer": (line(QA | {"answers": [""]}), "wrong type", "none of them empty"),
+    "one label": (line(QA | {"labels": ["a"]}), "wrong type", "at least two different answers"),
+    "a label twice": (line(QA | {"labels": ["a", "b", "a"]}), "wrong type", "at least two different answers"),
+    "an empty label": (line(QA | {"labels": ["a", " "]}), "wrong type", "none of them empty"),
+    "special token in a label": (line(QA | {"labels": ["a", "b<|end|>"]}), "special token in the text", "Take it out"),
+    "an answer that is no label": (line(QA | {"labels": ["x", "y"]}), "answer outside the labels", "letter by letter"),
     "image not in a list": (line(QA | {"images": "a.png"}), "wrong type", "a list of paths"),
     "no crops": (line(QA, num_crops=0), "wrong type", "1 or more"),
     "crops as bool": (line(QA, num_crops=True), "wrong type", "a whole number"),
