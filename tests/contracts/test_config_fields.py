@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 import phi3v.config
-from phi3v.config import PARTS, EvalConfig, Metric, RunConfig, TrainConfig, configuration_page, describe_fields
+from phi3v.cli.configuration_page import configuration_page
+from phi3v.config import PARTS, EvalConfig, Metric, RunConfig, TrainConfig, describe_fields
 from phi3v.eval.metrics import METRICS
 from phi3v.model import parts
 
@@ -54,7 +55,7 @@ def test_every_field_says_what_it_does(cls: type[RunConfig]) -> None:
 
 def test_the_documentation_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == configuration_page(), "run `python -m phi3v.config > docs/configuration.md`"
+    assert page == configuration_page(), "run `python -m phi3v.cli.configuration_page > docs/configuration.md`"
 
 
 def test_parts_and_metrics_have_the_names_of_the_rooms_that_hold_them() -> None:
