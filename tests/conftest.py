@@ -57,7 +57,19 @@ def tiny_config() -> Phi3VConfig:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tiny_config: Phi3VConfig) -> Path:
     """A model folder of ``tiny_config``, float32; its weights are large enough for every tensor to matter."""
-    model = Phi3VForCausalLM(tiny_config)
+    return write_random_model(tiny_config, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wide_dir(tmp_path_factory: pytest.TempPathFactory, tiny_config: Phi3VConfig) -> Path:
+    """The same with a decoder as wide as a block of 4-bit weights, which the CPU's 4-bit kernels need."""
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = Phi3VConfig.from_dict({**tiny_config.to_dict(), **wide})
+    return write_random_model(config, tmp_path_factory.mktemp("wide") / "model")
+
+
+def write_random_model(config: Phi3VConfig, folder: Path) -> Path:
+    model = Phi3VForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,9 +79,9 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tiny_config: Phi3VConfig)
             parameter.copy_(noise if name.endswith("embed_tokens.weight") else noise * fan_in**-0.5 + is_scale)
     processor = Phi3VProcessor.from_pretrained(GOLDEN)
     processor.image_processor = Phi3VImageProcessor(
-        num_crops=4, crop_px=CROP_PX, num_img_tokens=tiny_config.tokens_per_side**2
+        num_crops=4, crop_px=CROP_PX, num_img_tokens=config.tokens_per_side**2
     )
-    return save_model(model, processor, tmp_path_factory.mktemp("tiny") / "model")
+    return save_model(model, processor, folder)
 
 
 @pytest.fixture

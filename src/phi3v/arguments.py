@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,8 @@ def exit_code(program: Callable[[], object]) -> int:
     # Read by OpenMP when torch is first imported. Its threads otherwise wait for each other by spinning, which costs a
     # CPU run most of its speed as soon as another program wants a core (measured: docs/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PEFT imports bitsandbytes wherever it is installed, which then advises a kernel that four_bit.py rules out.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         program()
     except ConfigError as error:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from phi3v.model.checkpoint import load_four_bit_model
 from phi3v.runlog import RunDirectory
 from phi3v.train.run import run_training
 from phi3v.train.trainer import Phi3VTrainer
@@ -32,11 +33,19 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in RunDirectory(run).steps()]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training(
-    precision: str, method: str, tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    method: str,
+    request: pytest.FixtureRequest,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    base = request.getfixturevalue("wide_dir" if method == "qlora" else "tiny_dir")
     settings: dict[str, Any] = {
         "method": method,
         "gradient_checkpointing": True,
@@ -45,11 +54,11 @@ def test_training(
         "eval_steps": 9,
         "eval_max_new_tokens": 2,
         "num_workers": 2,
-        **({"lora_rank": 2} if method == "lora" else {}),
+        **({} if method == "full" else {"lora_rank": 2}),
     }
-    reference = run_training(make_config(tiny_dir, data, tmp_path / "cpu", **{**settings, "max_steps": 2}))
+    reference = run_training(make_config(base, data, tmp_path / "cpu", **{**settings, "max_steps": 2}))
     on_gpu = {**settings, "device": "cuda", "precision": precision}
-    whole = run_training(make_config(tiny_dir, data, tmp_path / "whole", **on_gpu))
+    whole = run_training(make_config(base, data, tmp_path / "whole", **on_gpu))
     num_comparable = 1 if precision == "fp16" else 2
     expected = pytest.approx(losses(reference)[:num_comparable], rel=TOLERANCE[precision])
     assert losses(whole)[:num_comparable] == expected
@@ -67,10 +76,26 @@ def test_training(
             raise KeyboardInterrupt
         return training_step(*args, **kwargs)
 
-    stopped = make_config(tiny_dir, data, tmp_path / "stopped", **on_gpu)
+    stopped = make_config(base, data, tmp_path / "stopped", **on_gpu)
     monkeypatch.setattr(Phi3VTrainer, "training_step", stop_in_step_four)
     with pytest.raises(KeyboardInterrupt):
         run_training(stopped)
     monkeypatch.undo()
     run_training(stopped)
     assert losses(tmp_path / "stopped") == pytest.approx(losses(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-2), ("bfloat16", 5e-2), ("float16", 5e-2)])
+@torch.no_grad()
+def test_a_decoder_in_4_bit_is_that_of_the_cpu(dtype: str, tolerance: float, wide_dir: Path) -> None:
+    """A number in the middle between two of the 16 values may go to either side: half precisions have many of them."""
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    on_cpu, on_gpu = (load_four_bit_model(wide_dir, dtype=dtype, device=device) for device in ("cpu", "cuda:0"))
+    assert {parameter.device.type for parameter in on_gpu.parameters()} == {"cuda"}
+    layers = [name for name, module in on_gpu.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 4
+    for name in layers:
+        here, there = on_cpu.get_submodule(name), on_gpu.get_submodule(name)
+        identity = torch.eye(here.in_features, dtype=here.compute_dtype)
+        expected, found = here(identity).float(), there(identity.cuda()).float().cpu()
+        assert (found - expected).norm() < tolerance * expected.norm(), name

@@ -1,5 +1,6 @@
-"""However a batch is split - micro-batches, accumulation, processes - losses, gradients and weights are the same."""
+"""However work is split - micro-batches, accumulation, processes - losses, gradients, weights and scores are equal."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,13 +73,27 @@ def test_loss_is_the_plain_mean(runs: Any, tiny_model: Phi3VForCausalLM, process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_equal_one(method: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "method": method, "eval_data": [data / "eval.jsonl"], "eval_max_new_tokens": 2}
-    one = make_config(tiny_dir, data, tmp_path / "one", micro_batch_size=2, **settings)
+@pytest.mark.parametrize(("method", "eval_limit"), [("full", None), ("lora", 1), ("qlora", None)])
+def test_two_processes_equal_one(
+    method: str, eval_limit: int | None, wide_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of one question alone, the second process has none to answer."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    lines = map(json.loads, (data / "eval.jsonl").read_text().splitlines())
+    settings = {
+        **SETTINGS,
+        "method": method,
+        "eval_data": [data / "eval.jsonl"],
+        "eval_max_new_tokens": 2,
+        "eval_scoring": "both",
+        "eval_labels": [line["conversations"][0]["assistant"] for line in lines],
+        "eval_limit": eval_limit,
+    }
+    one = make_config(wide_dir, data, tmp_path / "one", micro_batch_size=2, **settings)
     run_training(one)
     # The epoch's last window has 3 samples: the first process takes them all, the second has a filler.
-    two = make_config(tiny_dir, data, tmp_path / "two", micro_batch_size=4, **{**settings, "save_steps": 1})
+    two = make_config(wide_dir, data, tmp_path / "two", micro_batch_size=4, **{**settings, "save_steps": 1})
     (tmp_path / "two.yaml").write_text(two.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
     subprocess.run(
@@ -87,6 +102,20 @@ def test_two_processes_equal_one(method: str, tiny_dir: Path, data: Path, tmp_pa
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert_close_runs(tmp_path / "one", tmp_path / "two")
+    assert_close_scores(tmp_path / "one", tmp_path / "two")
+
+
+def assert_close_scores(one: Path, other: Path) -> None:
+    """The same answers before and after training, and the same probabilities but for float32's rounding."""
+    runs = [RunDirectory(path) for path in (one, other)]
+    assert runs[0].prediction_steps() == runs[1].prediction_steps() == [0, 4]
+    for step in (0, 4):
+        for left, right in zip(*(run.predictions(step) for run in runs), strict=True):
+            assert left.pop("probabilities") == pytest.approx(right.pop("probabilities"), abs=1e-5)
+            assert left == right
+    for left, right in zip(*(run.evals() for run in runs), strict=True):
+        assert {name: left[name] for name in ("step", "when", "score", "low", "high", "n")}.items() <= right.items()
+        assert left["classes"]["groups"] == right["classes"]["groups"]
 
 
 def assert_close_runs(one: Path, other: Path) -> None:

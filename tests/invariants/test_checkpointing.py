@@ -8,15 +8,17 @@ from phi3v.train.run import run_training
 from training import final_weights, largest_difference, logged, make_config, write_training_data
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_gradient_checkpointing_on_equals_off(method: str, tiny_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_gradient_checkpointing_on_equals_off(method: str, wide_dir: Path, tmp_path: Path) -> None:
     """With dropout in the adapters, too: the recomputation draws the same masks."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     data = write_training_data(tmp_path / "data")
-    dropout = {"lora_rank": 2, "lora_dropout": 0.3} if method == "lora" else {}
+    dropout = {} if method == "full" else {"lora_rank": 2, "lora_dropout": 0.3}
     on, off = (
         run_training(
             make_config(
-                tiny_dir,
+                wide_dir,
                 data,
                 tmp_path / str(is_on),
                 method=method,

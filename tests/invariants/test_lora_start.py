@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
-from phi3v.model.checkpoint import load_model, save_model
+from phi3v.model.checkpoint import load_four_bit_model, load_model, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.run import build_model
 from phi3v.train.tuning import choose_precision
@@ -15,16 +16,23 @@ from training import make_config, write_training_data
 
 
 @torch.no_grad()
-def test_adapter_at_its_start_equals_the_base(tiny_dir: Path, processor: Phi3VProcessor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapter_at_its_start_equals_the_base(
+    method: str, wide_dir: Path, processor: Phi3VProcessor, tmp_path: Path
+) -> None:
+    """In memory that is the base as it is trained on, in 4 bit for qlora; once saved it stands on the base itself."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     dataset = ConversationDataset(write_training_data(tmp_path / "data") / "train.jsonl")
     encode = SampleEncoder(processor).encode
     samples = [encode(dataset[index], dataset.load_images(dataset[index])) for index in range(4)]
     batch = Collator(processor.tokenizer.pad_token_id)(samples)
     del batch["loss_weights"]
-    base = load_model(tiny_dir)(**batch)
-    config = make_config(tiny_dir, tmp_path / "data", tmp_path / "run", method="lora", lora_rank=4)
+    base = load_model(wide_dir)(**batch)
+    config = make_config(wide_dir, tmp_path / "data", tmp_path / "run", method=method, lora_rank=4)
     adapted = build_model(config, choose_precision(config, "cpu"), torch.device("cpu")).eval()
-    assert torch.equal(adapted(**batch).logits, base.logits)
+    trained_on = load_four_bit_model(wide_dir, dtype="float32")(**batch) if method == "qlora" else base
+    assert torch.equal(adapted(**batch).logits, trained_on.logits)
     reloaded = load_model(save_model(adapted, processor, tmp_path / "adapter"))
     assert torch.equal(reloaded(**batch).logits, base.logits)
     assert torch.equal(reloaded(**batch).loss, base.loss)

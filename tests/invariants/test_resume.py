@@ -22,7 +22,7 @@ from phi3v.train.trainer import Phi3VTrainer
 from training import die, final_weights, logged, make_config, train_in_child, write_training_data
 
 FULL = {"eval_steps": 3, "eval_max_new_tokens": 2}
-LORA = {"method": "lora", "lora_rank": 2, "lora_dropout": 0.3, "save_steps": 1, "logging_steps": 5, "max_steps": 5}
+LORA = {"lora_rank": 2, "lora_dropout": 0.3, "save_steps": 1, "logging_steps": 5, "max_steps": 5}
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,14 @@ def test_full_run_killed_ten_times(tiny_dir: Path, data: Path, tmp_path: Path) -
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_lora_run_with_dropout_killed_within_epochs(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_with_dropout_killed_within_epochs(method: str, wide_dir: Path, data: Path, tmp_path: Path) -> None:
     """Two micro-batches a step, three steps an epoch; the run ends in the middle of its second epoch."""
-    whole = make_config(tiny_dir, data, tmp_path / "whole", **LORA)
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    whole = make_config(wide_dir, data, tmp_path / "whole", method=method, **LORA)
     assert train_in_child(whole) == 0
-    killed = make_config(tiny_dir, data, tmp_path / "killed", **LORA)
+    killed = make_config(wide_dir, data, tmp_path / "killed", method=method, **LORA)
     deaths = [patch(Phi3VTrainer, "training_step", die_at_call(call)) for call in (4, 8)]
     for death in (*deaths, patch(run, "save_result", die_at_call(1))):
         assert train_in_child(killed, death) == -signal.SIGKILL

@@ -79,8 +79,9 @@ def merge_and_verify(
 ) -> MergeReport:
     """Merges, saves, reloads and compares; a folder that does not pass is removed again.
 
-    The sum is formed in float32 and rounded once to ``dtype``. Both sides compute in float32, so that the difference
-    is the merge's own. One model is in memory at a time: 16.6 GB for the published size.
+    The base is the unquantised one, also for an adapter that was trained on it in 4 bit. The sum is formed in float32
+    and rounded once to ``dtype``. Both sides compute in float32, so that the difference is the merge's own. One model
+    is in memory at a time: 16.6 GB for the published size.
 
     Args:
         adapter: a PEFT adapter folder, such as ``RUN/model``.

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from .configuration_phi3_v import Phi3VConfig
+from .four_bit import four_bit_loading, make_exact_on_cpu, require_four_bit
 from .modeling_phi3_v import Phi3VForCausalLM
 from .processing_phi3_v import Phi3VProcessor
 
@@ -67,6 +68,8 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Loads a published-layout folder, a hub id, or an adapter on its base.
 
+    The base is loaded as its folder holds it, also under an adapter that was trained on it in 4 bit.
+
     Args:
         path: the folder or hub id.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the dtype the folder was saved in. An adapter's
@@ -88,25 +91,62 @@ def load_model(
             warnings.simplefilter("ignore", FutureWarning)
             model: PreTrainedModel | PeftModel = PeftModel.from_pretrained(loaded, str(path))  # pyright: ignore[reportArgumentType]
     else:
-        _check_folder(path, "model")
-        try:
-            model, loading = Phi3VForCausalLM.from_pretrained(
-                path,
-                dtype=DTYPES.get(dtype, dtype),
-                attn_implementation=attention,
-                rope_mode=rope_mode,
-                output_loading_info=True,
-            )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"model {path}: {error}") from error
-        # transformers would go on with random numbers in their place.
-        if missing := sorted(loading["missing_keys"]):
-            raise CheckpointError(
-                f"model {path}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}; "
-                "copy or download it again"
-            )
+        model = _load_whole_model(path, dtype=dtype, attention=attention, rope_mode=rope_mode)
     model.eval()
     return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def load_four_bit_model(
+    path: str | Path,
+    *,
+    dtype: str,
+    attention: str = "sdpa",
+    rope_mode: str = "auto",
+    device: str | torch.device = "cpu",
+) -> Phi3VForCausalLM:
+    """Loads a published-layout folder or hub id with the linear layers of its decoder in 4 bit.
+
+    Args:
+        path: the folder or hub id; its weights are not quantised yet.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: of everything else, and what the 4-bit layers compute in.
+        attention: ``sdpa`` or ``eager``.
+        rope_mode: LongRoPE factors ``auto`` (per sequence), ``short`` or ``long``.
+        device: where to.
+
+    Raises:
+        CheckpointError: no such folder or hub id, or one whose files are damaged or lack tensors.
+        ConfigError: bitsandbytes is not installed, or does not work on ``device`` or for this model on a CPU.
+    """
+    require_four_bit(device)
+    options = four_bit_loading(DTYPES[dtype], device)
+    model = _load_whole_model(path, dtype=dtype, attention=attention, rope_mode=rope_mode, **options)
+    if torch.device(device).type == "cpu":
+        make_exact_on_cpu(model)
+    return model.eval()
+
+
+def _load_whole_model(
+    path: str | Path, *, dtype: str, attention: str, rope_mode: str, **options: Any
+) -> Phi3VForCausalLM:
+    _check_folder(path, "model")
+    try:
+        model, loading = Phi3VForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=attention,
+            rope_mode=rope_mode,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"model {path}: {error}") from error
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"model {path}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}; "
+            "copy or download it again"
+        )
+    return model
 
 
 def load_processor(path: str | Path, num_crops: int | None = None) -> Phi3VProcessor:

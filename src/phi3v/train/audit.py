@@ -153,7 +153,8 @@ def _backward(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: Pr
 
 def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartAudit:
     own = [(name, parameter) for name, parameter in base.named_parameters() if part_of(name) == part]
-    plain = [(name, parameter) for name, parameter in own if ".lora_" not in name]
+    sizes = _sizes(base)
+    plain = [(name, sizes[name]) for name, _ in own if ".lora_" not in name]
     trainable = [(name, parameter) for name, parameter in own if parameter.requires_grad]
     num_vision_layers = base.config.vision_config.num_hidden_layers
     gradients = [parameter.grad for _, parameter in trainable if parameter.grad is not None]
@@ -163,14 +164,23 @@ def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartA
         part=part,
         should_learn=should_learn,
         learning_rate=learning_rate_of(part, config) if should_learn else None,
-        parameters=sum(parameter.numel() for _, parameter in plain),
-        unused_by_design=sum(parameter.numel() for name, parameter in plain if is_never_used(name, num_vision_layers)),
+        parameters=sum(size for _, size in plain),
+        unused_by_design=sum(size for name, size in plain if is_never_used(name, num_vision_layers)),
         trainable=sum(parameter.numel() for _, parameter in trainable),
         linear_layers=len(adaptable),
         lora_layers=sum(isinstance(module, LoraLayer) for module in adaptable),
         gradient_norm=float(torch.nn.utils.get_total_norm(gradients)) if gradients else None,
         without_gradient=tuple(name for name, parameter in trainable if parameter.grad is None),
     )
+
+
+def _sizes(base: nn.Module) -> dict[str, int]:
+    """Counts every parameter's numbers; a weight in 4 bit is stored as bytes of two, and its layer knows how many."""
+    sizes = {name: parameter.numel() for name, parameter in base.named_parameters()}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes[f"{name}.weight"] = module.in_features * module.out_features
+    return sizes
 
 
 def _problems(part: PartAudit, base: Phi3VForCausalLM, has_images: bool) -> Iterator[str]:

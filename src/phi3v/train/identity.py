@@ -35,6 +35,11 @@ FREE = frozenset(
 _PACKAGES = ("torch", "transformers", "peft")
 
 
+def _packages(config: TrainConfig) -> tuple[str, ...]:
+    """Names the packages whose versions can change a run's rounding."""
+    return (*_PACKAGES, "bitsandbytes") if config.method == "qlora" else _PACKAGES
+
+
 def identify(
     config: TrainConfig, *, precision: str, train_fingerprint: str, eval_fingerprint: str | None, world_size: int
 ) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def identify(
         "rounds": {
             **{name: values[name] for name in sorted(ROUNDS)},
             "number of processes": world_size,
-            **{f"{package} version": metadata.version(package) for package in _PACKAGES},
+            **{f"{package} version": metadata.version(package) for package in _packages(config)},
         },
     }
 

@@ -19,7 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.config import TrainConfig
 from phi3v.data.collate import Collator
 from phi3v.errors import ConfigError
-from phi3v.model.checkpoint import dtype_of_folder, is_adapter, load_model, load_processor, save_model
+from phi3v.model.checkpoint import (
+    dtype_of_folder,
+    is_adapter,
+    load_four_bit_model,
+    load_model,
+    load_processor,
+    save_model,
+)
+from phi3v.model.four_bit import require_four_bit
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.placement import resolve_device
 from phi3v.model.processing_phi3_v import Phi3VProcessor
@@ -103,6 +111,8 @@ def run_training(config: TrainConfig) -> Path:
     device = resolve_device(config.device)
     precision = choose_precision(config, device)
     args = training_arguments(config, device, precision)
+    if config.method == "qlora":
+        require_four_bit(args.device)
     show_messages(is_writer=args.process_index == 0)
     run = RunDirectory(config.output_dir)
     store = CheckpointStore(run.checkpoints_dir, config.keep_checkpoints)
@@ -227,14 +237,15 @@ def build_model(config: TrainConfig, precision: Precision, device: torch.device)
             f"model is {config.model}, an adapter; training starts from a whole model: merge it first (phi3v merge "
             f"{config.model} MERGED) and train MERGED"
         )
-    model = load_model(
+    load = load_four_bit_model if config.method == "qlora" else load_model
+    model = load(
         config.model, dtype=precision.weights, attention=config.attention, rope_mode=config.rope_mode, device=device
     )
     assert isinstance(model, Phi3VForCausalLM)
     select_trainable(model, config)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    if config.method != "lora":
+    if not config.trains_adapters:
         return model
     set_seed(config.seed)
     return wrap_lora(model, config)
@@ -379,7 +390,7 @@ def round_to_base(model: Model, config: TrainConfig) -> bool:
     and is scored as it is saved. Checkpoints stay float32.
     """
     dtype = dtype_of_folder(config.model)
-    if config.method == "lora" or dtype == torch.float32:
+    if config.trains_adapters or dtype == torch.float32:
         return False
     model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     return True

@@ -40,7 +40,7 @@ class Precision:
         name: fp32, bf16 or fp16.
         weights: what the model is loaded in, as ``load_model`` names it. With bf16 and fp16, weights that are trained
             themselves stay float32 (each update is small against its weight and would round away); frozen ones under
-            adapters are 16 bit.
+            adapters are 16 bit. Layers held in 4 bit compute in it.
     """
 
     name: str
@@ -68,18 +68,18 @@ def choose_precision(config: TrainConfig, device: str) -> Precision:
         raise ConfigError(
             f"precision is bf16, which {torch.cuda.get_device_name()} does not have; set precision to fp16 or fp32"
         )
-    return Precision(name=name, weights=DTYPE_NAMES[name] if config.method == "lora" else "float32")
+    return Precision(name=name, weights=DTYPE_NAMES[name] if config.trains_adapters else "float32")
 
 
 def select_trainable(model: Phi3VForCausalLM, config: TrainConfig) -> None:
     """Sets ``requires_grad`` of every parameter: on in the parts that the run trains, off in the others.
 
     CLIP's last layer and ``post_layernorm`` are always off: nothing computes them, so they never get a gradient, and
-    an optimizer that holds them has no state for them to save. With ``method=lora`` everything is off; ``wrap_lora``
-    adds what trains.
+    an optimizer that holds them has no state for them to save. With adapters everything is off; ``wrap_lora`` adds what
+    trains.
     """
     num_vision_layers = model.config.vision_config.num_hidden_layers
-    parts = () if config.method == "lora" else config.trained_parts
+    parts = () if config.trains_adapters else config.trained_parts
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and not is_never_used(name, num_vision_layers))
 

@@ -3,12 +3,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from phi3v.config import TrainConfig
 from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError
+from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.audit import Audit, audit
@@ -34,7 +36,7 @@ def config(**changes: Any) -> TrainConfig:
 
 def prepared(model: Phi3VForCausalLM, settings: TrainConfig) -> Any:
     select_trainable(model, settings)
-    return wrap_lora(model, settings) if settings.method == "lora" else model
+    return wrap_lora(model, settings) if settings.trains_adapters else model
 
 
 def parts(found: Audit) -> dict[str, Any]:
@@ -65,6 +67,23 @@ def test_adapters_at_their_start_have_a_gradient_in_b_only_and_pass(
     layers = {name: (part.lora_layers, part.linear_layers) for name, part in parts(found).items()}
     assert layers == {"vision": (12, 12), "projector": (2, 2), "decoder": (8, 8), "embeddings": (0, 0), "head": (1, 1)}
     assert parts(found)["embeddings"].gradient_norm is None
+
+
+def test_a_weight_in_4_bit_counts_as_the_numbers_that_it_stands_for(wide_dir: Path, batches: dict[str, Batch]) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = config(method="qlora", lora_rank=2)
+    found = audit(prepared(load_four_bit_model(wide_dir, dtype="float32"), settings), batches["images"], settings, FP32)
+    assert found.problems == ()
+    assert all(part.gradient_norm for part in found.parts if part.part != "embeddings")
+    plain: Any = load_model(wide_dir)
+    counts = {part.part: (part.parameters, part.unused_by_design, part.trainable) for part in found.parts}
+    same = config(method="lora", lora_rank=2)
+    lora = audit(prepared(plain, same), batches["images"], same, FP32)
+    assert counts == {part.part: (part.parameters, part.unused_by_design, part.trainable) for part in lora.parts}
+    assert sum(part.parameters for part in found.parts) == sum(
+        tensor.numel() for tensor in load_file(wide_dir / "model.safetensors").values()
+    )
+    assert (parts(found)["decoder"].lora_layers, parts(found)["decoder"].linear_layers) == (8, 8)
 
 
 def test_reentrant_checkpointing_is_found_out(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:

@@ -50,6 +50,11 @@ def test_changes_that_round_differently_are_allowed_and_told() -> None:
     ]
 
 
+def test_four_bits_depend_on_the_package_that_makes_them() -> None:
+    assert "bitsandbytes version" in identity(replace(CONFIG, method="qlora"))["rounds"]
+    assert "bitsandbytes version" not in identity()["rounds"]
+
+
 @pytest.mark.parametrize(
     ("config_change", "fact_change", "name"),
     [

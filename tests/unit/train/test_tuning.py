@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
+from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import part_of
 from phi3v.train.tuning import (
@@ -37,6 +38,7 @@ UNUSED = ("encoder.layers.2.", "post_layernorm")
         ({"method": "frozen_vision"}, {"decoder", "embeddings", "head"}),
         ({"freeze": ["embeddings", "vision"]}, {"projector", "decoder", "head"}),
         ({"method": "lora"}, set()),
+        ({"method": "qlora"}, set()),
     ],
 )
 def test_whole_parts_train_but_for_the_layers_that_nothing_computes(
@@ -82,6 +84,22 @@ def test_adapters_are_float32_on_16_bit_weights_and_start_by_the_seed(tiny_model
     assert spread == pytest.approx(1 / 4, rel=0.3), "gaussian A has a standard deviation of 1 / rank"
 
 
+def test_adapters_on_4_bit_layers_are_those_of_lora(wide_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    wrapped = []
+    for method, load in (("lora", load_model), ("qlora", load_four_bit_model)):
+        settings = config(method=method, lora_rank=2)
+        model = load(wide_dir, dtype="bfloat16")
+        assert isinstance(model, Phi3VForCausalLM)
+        select_trainable(model, settings)
+        torch.manual_seed(3)
+        wrapped.append(wrap_lora(model, settings))
+    lora, qlora = ({name: p for name, p in model.named_parameters() if p.requires_grad} for model in wrapped)
+    assert lora.keys() == qlora.keys()
+    assert {parameter.dtype for parameter in qlora.values()} == {torch.float32}
+    assert all(torch.equal(qlora[name], parameter) for name, parameter in lora.items())
+
+
 def test_embeddings_take_no_adapters(tiny_model: Phi3VForCausalLM) -> None:
     with pytest.raises(ConfigError, match="embeddings"):
         wrap_lora(tiny_model, config(method="lora", lora_parts=["embeddings", "decoder"]))
@@ -119,6 +137,8 @@ def test_every_trainable_parameter_has_one_group_with_its_rates(tiny_model: Phi3
         ("bf16", "full", ("bf16", "float32")),
         ("bf16", "frozen_vision", ("bf16", "float32")),
         ("bf16", "lora", ("bf16", "bfloat16")),
+        ("fp32", "qlora", ("fp32", "float32")),
+        ("bf16", "qlora", ("bf16", "bfloat16")),
     ],
 )
 def test_trained_weights_stay_float32(precision: str, method: str, expected: tuple[str, str]) -> None:
