@@ -34,6 +34,8 @@ def __getattr__(name: str) -> Any:
 
 
 # The registration lives in phi3v.model and needs torch, seconds that `phi3v --help` must not cost. The command line
-# therefore leaves it to the verb that first imports a model; every other importer gets it at once.
-if not (Path(sys.argv[0]).stem == "phi3v" or sys.orig_argv[1:3] == ["-m", "phi3v"]):
+# therefore leaves it to the verb that first imports a model; every other importer gets it at once. The processes that a
+# verb starts are told its sys.argv.
+_program = Path(sys.argv[0])
+if not (_program.stem == "phi3v" or _program.match("phi3v/__main__.py") or sys.orig_argv[1:3] == ["-m", "phi3v"]):
     import_module("phi3v.model")

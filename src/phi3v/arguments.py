@@ -82,7 +82,7 @@ def add_signature(parser: argparse.ArgumentParser, function: Callable[..., Any])
         kind, shape, choices, may_be_none = _kind_of(parameter.annotation)
         default = parameter.default
         is_required = default is inspect.Parameter.empty
-        text = described[name].replace("%", "%%")
+        text = described[name].replace("``", "`").rstrip(".").replace("%", "%%")
         if not (is_required or default is None or default is False or default in ([], ())):
             text += f" (default: {default})".replace("%", "%%")
         options: dict[str, Any] = {"help": text} if is_required else {"help": text, "default": default}

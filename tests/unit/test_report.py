@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from phi3v.errors import DataError
+from phi3v.eval.classes import ClosedQuestion, closed_report
 from phi3v.report import charts, write_report
+from phi3v.report.classes import MOST_CLASSES
 from phi3v.report.examples import MOST_SAMPLES
 from phi3v.runlog import RunDirectory, environment
 
@@ -251,6 +253,65 @@ def test_answers_that_all_score_alike_have_no_interval(tmp_path: Path) -> None:
     assert "bootstrap" not in text
 
 
+def closed_evaluation(labels: tuple[str, ...], num_questions: int, **more: Any) -> dict[str, Any]:
+    """An evaluation with a report by class, made as evaluation makes it: every third answer is another label."""
+    questions = [
+        ClosedQuestion(
+            labels,
+            expected=labels[k % len(labels)],
+            predicted=None if k == 0 else labels[(k + (k % 3 == 0)) % len(labels)],
+            probabilities=(0.75, *[0.25 / (len(labels) - 1)] * (len(labels) - 1)),
+        )
+        for k in range(num_questions)
+    ]
+    report = closed_report(questions, seed=0)
+    assert report is not None
+    return {**evaluation(60, "after", 0.8), "classes": report.to_dict(), **more}
+
+
+def test_scores_by_class_are_told_with_their_confusion(run: RunDirectory) -> None:
+    run.append_eval(closed_evaluation(("Yes", "No"), 12))
+    page = Page(write_report(run.path))
+    assert_self_contained(page)
+    text = page.text
+    assert {"href": "#classes"} in page.all("a")
+    assert "2 labels, 12 questions, 1 answered outside the labels" in text
+    # Right: 2 of 6 Yes are another's, one is none; 2 of 6 No are Yes. Precision 4/6 and 4/5.
+    assert re.search(r"Yes 6 6 66\.7 % \d+\.\d to \d+\.\d 66\.7 %", text)
+    assert re.search(r"No 6 5 80\.0 %", text)
+    assert "right Yes No other Yes 4 1 1 No 2 4 0" in text
+    assert "AUROC of “Yes” 50.0 % 50.0 to 50.0" in text
+    assert re.search(r"expected calibration error 25\.0 % \d", text)
+    assert "mean probability of the likeliest label 75.0 %" in text
+
+
+def test_many_labels_are_listed_by_their_questions_without_a_matrix(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path).create("model: x\n", {})
+    labels = tuple(f"label-{k}" for k in range(MOST_CLASSES + 3))
+    line = closed_evaluation(labels, 2 * len(labels) - 3)
+    group = line["classes"]["groups"][0]
+    group["classes"] = group["classes"][::-1]
+    run.append_eval(line)
+    text = Page(write_report(run.path)).text
+    assert "Scores by label; 3 with fewer questions are not listed" in text
+    assert "label-39 2" in text and "label-40" not in text
+    assert "AUROC" not in text and "Confusion:" not in text
+
+
+def test_a_matrix_that_does_not_fit_its_labels_is_not_drawn(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path).create("model: x\n", {})
+    line = closed_evaluation(("Yes", "No"), 12)
+    line["classes"]["groups"][0]["confusion"][1].append(7)
+    run.append_eval(line)
+    text = Page(write_report(run.path)).text
+    assert "Scores by label" in text and "Confusion:" not in text
+
+
+def test_open_questions_have_no_scores_by_class(run: RunDirectory) -> None:
+    page = Page(write_report(run.path))
+    assert {"href": "#classes"} not in page.all("a") and "Confusion" not in page.text
+
+
 def test_the_same_run_gives_the_same_page(run: RunDirectory) -> None:
     first = write_report(run.path).read_bytes()
     assert write_report(run.path).read_bytes() == first
@@ -266,7 +327,9 @@ def test_text_of_a_run_can_neither_run_nor_load_anything(tmp_path: Path, text: s
     run.write_audit({"parts": [{"part": text, "parameters": 1, "trainable": 1, "gradient_norm": 0.0}], text: text})
     run.append_step({"step": 1, "loss": 1.0})
     run.append_eval({"step": 0, "when": "before", "metric": text, "score": 0.5, "n": text})
-    run.append_eval({"step": 1, "when": "after", "metric": text, "score": 0.6})
+    row = {"label": text, "support": text, "precision": {"value": text}}
+    group = {"labels": [text, text], "n": text, "auroc": {"value": 0.5}, "classes": [row], "confusion": [[1, 2, 3]] * 2}
+    run.append_eval({"step": 1, "when": "after", "metric": text, "score": 0.6, "classes": {"groups": [group]}})
     row = prediction(0, 0.0, id=text, turn=text, question=text, answers=[text, text], prediction=text)
     run.write_predictions(0, [{**row, "images": [text, f"{text}.png", f"/{text}"], "image_dir": text}])
     run.write_predictions(1, [{**row, "images": [text], "score": 1.0}])
@@ -450,7 +513,7 @@ def test_odd_values_never_stop_the_report(tmp_path: Path, odd: Any) -> None:
         run.append_step({"step": step, **dict.fromkeys(keys, odd)})
     eval_keys = ["metric", "score", "low", "high", "confidence", "n", "seconds"]
     run.append_eval({"step": 0, "when": "before", **dict.fromkeys(eval_keys, odd)})
-    run.append_eval({"step": 2, "when": "after", **dict.fromkeys(eval_keys, odd)})
+    run.append_eval({"step": 2, "when": "after", **dict.fromkeys(eval_keys, odd), "classes": odd})
     row_keys = ["id", "turn", "question", "images", "answers", "prediction", "score", "image_dir"]
     for step in (0, 2):
         run.write_predictions(step, [dict.fromkeys(row_keys, odd), {}])
@@ -463,6 +526,22 @@ def test_odd_values_never_stop_the_report(tmp_path: Path, odd: Any) -> None:
         file.write(b'{"step": 3, "loss": NaN, "grad_norm": Infinity, "elapsed_s": NaN}\n')
     run.config_path.write_text(f"method: {odd!r}\nimage_dir: {odd!r}\neval_data: {odd!r}\nmodel: x\n")
     assert_self_contained(Page(write_report(run.path)))
+
+
+@pytest.mark.parametrize("odd", [None, True, "text", [], {}, [[1]], [{"a": {}}], -1, 10**400, float("inf"), [None]])
+def test_odd_scores_by_class_never_stop_the_report(tmp_path: Path, odd: Any) -> None:
+    run = RunDirectory(tmp_path / "run").create("model: x\n", {})
+    row = dict.fromkeys(["label", "support", "predicted", "precision", "recall", "f1"], odd)
+    keys = ["n", "other", "macro_f1", "balanced_accuracy", "auroc", "confusion"]
+    for labels, confusion in ((odd, odd), (["a", "b"], [[odd] * 3, [1, 2, 3]]), (["a"], [odd]), ([odd], [[1, 2]])):
+        group = {**dict.fromkeys(keys, odd), "labels": labels, "classes": [row, odd], "confusion": confusion}
+        calibration = dict.fromkeys(["error", "brier", "accuracy", "confidence"], odd)
+        for classes in (
+            {"groups": odd, "label_sets": odd, "calibration": odd},
+            {"groups": [group, odd], "label_sets": odd, "calibration": calibration},
+        ):
+            run.append_eval({**evaluation(1, "after", 0.5), "classes": classes})
+            assert_self_contained(Page(write_report(run.path)))
 
 
 @pytest.mark.parametrize("loss", ["null", "NaN", "Infinity", "1e300"])

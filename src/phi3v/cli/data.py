@@ -98,4 +98,4 @@ def _call(prog: str, function: Callable[..., Any], arguments: Sequence[str]) -> 
 
 
 def _purpose(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+    return (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")

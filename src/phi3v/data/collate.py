@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch.utils.data import default_collate
 
 from .encode import IGNORED_LABEL, Encoded
 
@@ -79,11 +80,8 @@ class Collator:
 
 def _stack_crops(pixel_values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stacks the images of several samples, zero crops filling up to the most crops of any."""
-    num_images = sum(len(images) for images in pixel_values)
     most = max(images.shape[1] for images in pixel_values)
-    stacked = pixel_values[0].new_zeros(num_images, most, *pixel_values[0].shape[2:])
-    row = 0
-    for images in pixel_values:
-        stacked[row : row + len(images), : images.shape[1]] = images
-        row += len(images)
-    return stacked
+    blank = torch.zeros_like(pixel_values[0][0, 0])
+    crops = [crop for images in pixel_values for image in images for crop in (*image, *[blank] * (most - len(image)))]
+    # In a loader's worker this writes to memory shared with the main process: no second copy on the way out.
+    return default_collate(crops).view(-1, most, *blank.shape)

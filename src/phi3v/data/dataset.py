@@ -180,7 +180,7 @@ class ConversationDataset(Dataset[Sample]):
         return path
 
     def load_images(self, sample: Sample, upto_turn: int | None = None) -> list[Image.Image]:
-        """Decodes a sample's images to RGB, in the order of ``sample.images``.
+        """Decodes a sample's images as ``read_image`` does, in the order of ``sample.images``.
 
         Args:
             sample: a sample of this data set.

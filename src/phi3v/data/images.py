@@ -16,6 +16,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read, in PIL's names. PIL knows more, and some of them (EPS) start other programs."""
 
+_GRAY_MODES = ("1", "L", "LA")
+
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,  # PIL: a broken PNG chunk
@@ -53,7 +55,9 @@ class UnusableImageError(Exception):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decodes an image file to RGB; a file with several frames gives its first.
+    """Decodes an image file to RGB, or to ``L`` where it holds no colour; a file with several frames gives its first.
+
+    The RGB of a file without colour would repeat one channel three times, and every later step would work on it thrice.
 
     Raises:
         UnusableImageError: missing, not an image, over ``MAX_IMAGE_PIXELS``, or damaged.
@@ -112,7 +116,9 @@ def _open(path: Path) -> Image.Image:
 
 def _decode(image: Image.Image) -> Image.Image:
     try:
-        return image.convert("RGB")
+        image.load()  # while the file is open, and where damage is caught
+        mode = "L" if image.mode in _GRAY_MODES else "RGB"
+        return image if image.mode == mode else image.convert(mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _bomb(str(error)) from error
     except _DECODING_ERRORS as error:

@@ -249,6 +249,8 @@ def _parse_turn(where: str, turn: Any) -> Turn:
         answers = []
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise _type_error(where, "'answers'", answers, "a list of further accepted answers, none of them empty")
+    for answer in answers:
+        _check_encodable(where, "an accepted answer", answer)
     return Turn(
         user=user,
         assistant=assistant,

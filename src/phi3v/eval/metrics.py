@@ -1,22 +1,23 @@
-"""Scores of short answers, and how sure a mean score is. No torch: reports and tests use it without a model."""
+"""Scores of short answers, one a question, and their mean. No torch: reports and tests use it without a model."""
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from phi3v.errors import ConfigError
+from phi3v.eval.intervals import CONFIDENCE, bootstrap
+from phi3v.eval.normalisation import folded, number_in, squad_tokens, vqa_form
 
 ANLS_THRESHOLD = 0.5
 """A normalised edit distance of this or more scores 0: such an answer is another one, not a misread one."""
 
-SENTENCE_PUNCTUATION = ".,;:!?\u2026\u3002\uff0c\uff1b\uff1a\uff01\uff1f"
-"""Marks that ``accuracy`` ignores at an answer's end. Others stay: ``C`` is not ``C++`` and ``5`` is not ``5%``."""
+VQA_MATCHES = 3
+"""Annotators that must have given an answer for it to count fully."""
 
-BOOTSTRAP_BLOCK = 1_000_000
-"""Values drawn at a time: bounds the memory of a bootstrap over many questions (8 bytes each)."""
+RELAXED_TOLERANCE = 0.05
+"""Largest relative error of a number that ``relaxed_accuracy`` still counts as right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,14 @@ class Score:
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 when the prediction is one of the answers but for case, spacing and punctuation at its end, else 0.
 
+    Whatever the published recipes' own comparison (``strip``, then ``strip('.')``, then ``lower``, of both sides)
+    accepts, this accepts too, but for answers that differ in full stops at their start (``.5`` is not ``5``).
+
     >>> accuracy(" Band  Marching.", ["BandMarching", "band marching"])
     1.0
     """
     _check_answers(answers)
-    return float(_normalised(prediction) in {_normalised(answer) for answer in answers})
+    return float(folded(prediction) in {folded(answer) for answer in answers})
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -71,53 +75,65 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     return max(_similarity(prediction, answer) for answer in answers)
 
 
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA's accuracy over several annotators' answers, which are given as often as they were written.
+
+    Leaving out each annotator in turn, the prediction scores min(matches among the others / 3, 1); the result is the
+    mean over the annotators. Where fewer than three others are left, all of them must match for a full score; a single
+    answer is matched or not. Compared are the forms that ``vqa_form`` gives.
+
+    Source: Antol et al. 2015, VQA; Goyal et al. 2017, VQA v2, and their published evaluation code for ten annotators.
+
+    >>> vqa_accuracy("Two.", ["2"] * 3 + ["3"] * 7)  # for the three, two others match; for the seven, three do
+    0.9
+    """
+    _check_answers(answers)
+    form = vqa_form(prediction)
+    matches = [vqa_form(answer) == form for answer in answers]
+    if len(matches) == 1:
+        return float(matches[0])
+    needed = min(VQA_MATCHES, len(matches) - 1)
+    total = sum(matches)
+    return math.fsum(min((total - own) / needed, 1.0) for own in matches) / len(matches)
+
+
+def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the prediction is one of the answers, a number within five percent of it; else 0.
+
+    Numbers may hold thousands separators; a percentage is its hundredth, so ``12%`` is 0.12 and not 12. Texts must be
+    equal but for case and surrounding space; so must a number whose answer is 0.
+
+    Source: Methani et al. 2020, PlotQA; Masry et al. 2022, ChartQA, section 5; percentages as in the evaluation code
+    published with Pix2Struct.
+
+    >>> relaxed_accuracy("1,040", ["1000"]), relaxed_accuracy("1060", ["1000"])
+    (1.0, 0.0)
+    """
+    _check_answers(answers)
+    return float(any(_is_close(prediction, answer) for answer in answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """SQuAD's F1 of the words that prediction and answer share: the best over the answers.
+
+    Source: Rajpurkar et al. 2016, SQuAD, section 6.1; two answers without words are equal, as in SQuAD 2.
+
+    >>> f1("the red car", ["a red bus"])
+    0.5
+    """
+    _check_answers(answers)
+    return max(_word_overlap(squad_tokens(prediction), squad_tokens(answer)) for answer in answers)
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "accuracy": accuracy,
     "exact_match": exact_match,
     "anls": anls,
+    "vqa_accuracy": vqa_accuracy,
+    "relaxed_accuracy": relaxed_accuracy,
+    "f1": f1,
 }
 """Metric by name: a prediction and its accepted answers (at least one) to a score from 0 to 1."""
-
-
-def bootstrap(
-    values: Sequence[float], *, seed: int, resamples: int = 2000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values``, each from 0 to 1.
-
-    Fewer than two values say nothing about their spread: the interval is then the whole range, (0, 1). When all
-    values are equal the interval has no width, however few there are: resampling cannot invent a value never seen.
-    Questions count as independent; several about one image are less so, and the true interval is wider.
-
-    Args:
-        values: one score a question.
-        seed: the same seed gives the same interval.
-        resamples: draws of ``len(values)`` values with replacement.
-        confidence: coverage of the interval, between 0 and 1.
-
-    Raises:
-        ValueError: a value outside 0..1 or not finite, ``resamples`` below 1, ``confidence`` not within 0..1.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
-    """
-    scores = np.asarray(values, dtype=np.float64)
-    if not np.all((scores >= 0) & (scores <= 1)):
-        raise ValueError("a score lies outside 0..1 or is not a number")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}, must be at least 1")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, must lie between 0 and 1")
-    if scores.size < 2:
-        return 0.0, 1.0
-    generator = np.random.default_rng(seed)
-    rows_at_a_time = max(1, BOOTSTRAP_BLOCK // scores.size)
-    means = np.empty(resamples)
-    for start in range(0, resamples, rows_at_a_time):
-        rows = min(rows_at_a_time, resamples - start)
-        picks = generator.integers(0, scores.size, size=(rows, scores.size))
-        means[start : start + rows] = scores[picks].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def score_predictions(
@@ -125,7 +141,7 @@ def score_predictions(
     predictions: Sequence[str],
     answers: Sequence[Sequence[str]],
     seed: int,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> tuple[Score, list[float]]:
     """Scores every prediction against its accepted answers.
 
@@ -202,10 +218,20 @@ def _similarity(prediction: str, answer: str) -> float:
     return 1 - distance if distance < ANLS_THRESHOLD else 0.0
 
 
-def _normalised(text: str) -> str:
-    """Folds case, spacing and final punctuation; a text of punctuation alone keeps it, or any two would be equal."""
-    folded = " ".join(text.split()).casefold()
-    return folded.rstrip(SENTENCE_PUNCTUATION + " ") or folded
+def _is_close(prediction: str, answer: str) -> bool:
+    """Compares two answers as ``relaxed_accuracy`` does."""
+    predicted, expected = number_in(prediction), number_in(answer)
+    if predicted is None or expected is None:
+        return prediction.strip().lower() == answer.strip().lower()
+    return abs(predicted - expected) <= RELAXED_TOLERANCE * abs(expected)
+
+
+def _word_overlap(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    """Returns F1 of two bags of words, 0 to 1."""
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))
 
 
 def _check_answers(answers: Sequence[str]) -> None:

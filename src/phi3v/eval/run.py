@@ -1,4 +1,4 @@
-"""A model, a data set and a metric: a score with its interval, and every prediction."""
+"""A model, a data set and a metric: a score with its interval, a report by class, and every prediction."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,8 +13,13 @@ from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
 from ..runlog import write_json, write_json_lines
-from .generate import generate_predictions
+from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
+from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
 from .metrics import Score, score_predictions
+from .questions import check_labels
+
+PROBABILITY_DECIMALS = 6
+"""Decimals of the probabilities in predictions files; scores are computed from all digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,53 +29,70 @@ class EvalResult:
     Attributes:
         score: mean over the questions with its bootstrap interval.
         rows: one a question, as written to predictions files.
-        seconds: wall time of generation and scoring.
+        seconds: wall time of answering and scoring.
+        classes: scores by class of the questions with labels; None when there are none.
     """
 
     score: Score
     rows: list[dict[str, Any]]
     seconds: float
+    classes: ClosedReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all but the rows as plain JSON values, as ``eval.json`` and lines of ``eval.jsonl`` hold them."""
+        classes = {} if self.classes is None else {"classes": self.classes.to_dict()}
+        return {**asdict(self.score), "seconds": self.seconds, **classes}
 
 
 def evaluate_model(
     model: Any,
     processor: Phi3VProcessor,
     dataset: ConversationDataset,
-    *,
-    metric: str,
-    batch_size: int,
-    max_new_tokens: int,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    settings: EvalSettings,
+    share: Share = ALONE,
 ) -> EvalResult:
-    """Generates an answer to every question and scores them; arguments as in ``generate_predictions``.
+    """Answers every question and scores the answers; arguments as in ``answer_questions``.
 
-    Draws no random numbers from torch, numpy or Python, so that it can stand in the middle of a training run.
+    Draws no random numbers from torch, numpy or Python, so that it can stand in the middle of a training run. With
+    several processes each one gets the whole result.
     """
     started = time.monotonic()
-    predictions = generate_predictions(
-        model,
-        processor,
-        dataset,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-        progress=progress,
-    )
+    predictions = answer_questions(model, processor, dataset, settings, share)
     score, values = score_predictions(
-        metric, [one.prediction for one in predictions], [one.answers for one in predictions], seed=seed
+        settings.metric,
+        [one.prediction for one in predictions],
+        [one.answers for one in predictions],
+        seed=settings.seed,
     )
-    rows = [{**asdict(one), "score": value} for one, value in zip(predictions, values, strict=True)]
-    return EvalResult(score, rows, time.monotonic() - started)
+    closed = [
+        ClosedQuestion(one.labels, one.expected, find_label(one.prediction, one.labels), one.probabilities)
+        for one in predictions
+        if one.expected is not None
+    ]
+    classes = closed_report(closed, seed=settings.seed)
+    rows = [_row(one, value) for one, value in zip(predictions, values, strict=True)]
+    return EvalResult(score, rows, time.monotonic() - started, classes)
+
+
+def _row(one: Prediction, score: float) -> dict[str, Any]:
+    """Returns a line of a predictions file; what a question does not have is left out of it."""
+    row = asdict(one)
+    for name in ("labels", "expected", "probabilities"):
+        del row[name]
+    if one.expected is not None:
+        row["expected"] = one.expected
+    if one.probabilities is not None:
+        row["labels"] = one.labels
+        row["probabilities"] = [round(value, PROBABILITY_DECIMALS) for value in one.probabilities]
+    return {**row, "score": score}
 
 
 def run_evaluation(config: EvalConfig) -> EvalResult:
     """Does what ``phi3v eval`` says: writes ``eval.json``, ``predictions.jsonl`` and ``config.yaml``.
 
     Raises:
-        ConfigError: the output folder already holds an evaluation.
-        DataError: bad samples, before the model is loaded.
+        ConfigError: the output folder already holds an evaluation, or the configured labels are no closed set.
+        DataError: bad samples, or questions without the labels that their scoring needs, before the model is loaded.
         CheckpointError: no model at that path.
     """
     output = Path(config.output_dir)
@@ -80,7 +102,14 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
     precision = resolve_precision(config.precision, device)
     processor = load_processor(config.model, num_crops=config.num_crops)
     dataset = ConversationDataset(config.data, config.image_dir)
-    summary = check_dataset(dataset, SampleEncoder(processor), on_bad_sample=config.on_bad_sample, decode_images=True)
+    summary = check_dataset(
+        dataset,
+        SampleEncoder(processor),
+        on_bad_sample=config.on_bad_sample,
+        decode_images=True,
+        progress=config.progress,
+    )
+    check_labels(dataset, processor, scoring=config.scoring, labels=config.labels, limit=config.limit)
     model = load_model(
         config.model,
         dtype=DTYPE_NAMES[precision],
@@ -92,15 +121,19 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         model,
         processor,
         dataset,
-        metric=config.metric,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        limit=config.limit,
-        seed=config.seed,
+        EvalSettings(
+            metric=config.metric,
+            scoring=config.scoring,
+            labels=config.labels,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            limit=config.limit,
+            seed=config.seed,
+            progress=config.progress,
+        ),
     )
     output.mkdir(parents=True, exist_ok=True)
     write_json_lines(output / "predictions.jsonl", result.rows)
     (output / "config.yaml").write_text(config.to_yaml(), "utf-8")
-    scores = {**asdict(result.score), "seconds": result.seconds, "skipped": summary.skipped}
-    write_json(output / "eval.json", scores)
+    write_json(output / "eval.json", {"scoring": config.scoring, **result.to_dict(), "skipped": summary.skipped})
     return result

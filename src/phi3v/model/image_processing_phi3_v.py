@@ -18,7 +18,9 @@ from ..geometry import CROP_PX, TOKENS_PER_SIDE, HDLayout, hd_layout, num_image_
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-WHITE = (255, 255, 255)
+WHITE = 255
+GRAY_MODES = ("1", "L", "LA")
+"""PIL's modes without colour: their RGB repeats one channel three times."""
 PUBLISHED_CONSTANTS = ("auto_map", "do_convert_rgb", "image_processor_type", "processor_class")
 """Keys of the published file that are the same for every model of this family."""
 
@@ -105,42 +107,40 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """
         if isinstance(images, Image.Image | np.ndarray):
             images = [images]
-        all_crops: list[torch.Tensor] = []
-        sizes: list[tuple[int, int]] = []
-        tokens: list[int] = []
-        for image in images:
-            pil = to_rgb(image)
-            layout = self.layout(pil.height, pil.width, num_crops)
-            all_crops.append(self._cut(pil, layout))
-            sizes.append(layout.padded)
-            tokens.append(num_image_tokens(layout.grid, self.tokens_per_side))
-        most = max((crops.shape[0] for crops in all_crops), default=0)
-        pixel_values = torch.zeros(len(all_crops), most, 3, self.crop_px, self.crop_px)
-        for row, crops in zip(pixel_values, all_crops, strict=True):
-            row[: crops.shape[0]] = crops
+        layouts = [self.layout(*size_of(image), num_crops) for image in images]
+        most = max((layout.num_crops for layout in layouts), default=0)
+        pixel_values = torch.empty(len(layouts), most, 3, self.crop_px, self.crop_px)
+        for image, layout, crops in zip(images, layouts, pixel_values, strict=True):
+            self._cut(to_rgb_or_gray(image), layout, crops[: layout.num_crops])
+            crops[layout.num_crops :] = 0
         data = {
             "pixel_values": pixel_values,
-            "image_sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
-            "num_img_tokens": tokens,
+            "image_sizes": torch.tensor([layout.padded for layout in layouts], dtype=torch.int64).reshape(-1, 2),
+            "num_img_tokens": [num_image_tokens(layout.grid, self.tokens_per_side) for layout in layouts],
         }
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["num_img_tokens"])
 
-    def _cut(self, image: Image.Image, layout: HDLayout) -> torch.Tensor:
-        """Returns one image's crops, (1 + rows * columns, 3, crop_px, crop_px) float32, global view first."""
-        if layout.is_transposed:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-        resized_h, resized_w = layout.resized
-        canvas = Image.new("RGB", (resized_w, layout.pad_top + resized_h + layout.pad_bottom), WHITE)
-        canvas.paste(image.resize((resized_w, resized_h), Image.Resampling.BILINEAR), (0, layout.pad_top))
-        if layout.is_transposed:
-            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
-        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).to(torch.float32).div_(255)
-        pixels.sub_(torch.tensor(self.image_mean)[:, None, None]).div_(torch.tensor(self.image_std)[:, None, None])
+    def _cut(self, image: Image.Image, layout: HDLayout, crops: torch.Tensor) -> None:
+        """Fills ``crops``: (1 + rows * columns, 3, crop_px, crop_px) float32, global view first.
+
+        One channel after the other goes through one buffer, which stays in the processor's cache: every crop is
+        written once, and the image is never held as a whole in floating point.
+        """
         edge = self.crop_px
         rows, columns = layout.grid
-        global_view = F.interpolate(pixels[None], size=(edge, edge), mode="bicubic", align_corners=False)
-        tiles = pixels.reshape(3, rows, edge, columns, edge).permute(1, 3, 0, 2, 4).reshape(-1, 3, edge, edge)
-        return torch.cat([global_view, tiles])
+        tiles = crops[1:].view(rows, columns, 3, edge, edge)
+        channels = [torch.from_numpy(np.array(channel)) for channel in hd_resize(image, layout).split()]
+        if len(channels) == 1:
+            channels *= 3
+        plane = torch.empty(layout.padded)
+        along = 1 if layout.is_transposed else 0
+        inside = plane.narrow(along, layout.pad_top, layout.resized[0])
+        for index, (pixels, mean, std) in enumerate(zip(channels, self.image_mean, self.image_std, strict=True)):
+            plane.fill_(WHITE)
+            inside.copy_(pixels)
+            plane.div_(255).sub_(mean).div_(std)
+            crops[0, index] = F.interpolate(plane[None, None], (edge, edge), mode="bicubic", align_corners=False)[0, 0]
+            tiles[:, :, index] = plane.view(rows, edge, columns, edge).transpose(1, 2)
 
     @classmethod
     def get_image_processor_dict(
@@ -196,11 +196,30 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """Converts to RGB as the published processor does: through PIL, alpha dropped, palettes resolved.
+def to_rgb_or_gray(image: Image.Image | np.ndarray) -> Image.Image:
+    """Converts as the published processor does: through PIL, alpha dropped, palettes resolved.
+
+    An image without colour stays one channel (``L``), a third of the work for the same pixels. An image that is RGB or
+    ``L`` already is returned itself.
 
     Raises:
         TypeError: as ``size_of``.
     """
     size_of(image)
-    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    mode = "L" if pil.mode in GRAY_MODES else "RGB"
+    return pil if pil.mode == mode else pil.convert(mode)
+
+
+def hd_resize(image: Image.Image, layout: HDLayout) -> Image.Image:
+    """Resizes an image to its layout, in its own orientation.
+
+    The transform resizes a portrait image transposed. PIL works along the rows first, then along the columns, and
+    rounds to whole values in between, so that the order shows. Two calls with one direction each give the transposed
+    image's order, and its pixels, without turning the image twice.
+    """
+    short, long = layout.resized
+    if not layout.is_transposed:
+        return image.resize((long, short), Image.Resampling.BILINEAR)
+    tall = image.resize((image.width, long), Image.Resampling.BILINEAR)
+    return tall.resize((short, long), Image.Resampling.BILINEAR)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jinja2
 
 from phi3v.report import charts
+from phi3v.report.classes import class_section
 from phi3v.report.examples import RIGHT_FROM, example_groups
 from phi3v.report.values import (
     Json,
@@ -56,7 +57,14 @@ KEY_SETTINGS = (
 )
 """Settings that the report lists before the whole file."""
 
-METRIC_NAMES = {"accuracy": "accuracy", "exact_match": "exact match", "anls": "ANLS"}
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "anls": "ANLS",
+    "vqa_accuracy": "VQA accuracy",
+    "relaxed_accuracy": "relaxed accuracy",
+    "f1": "F1",
+}
 
 Moment = Literal["before", "after"]
 
@@ -165,6 +173,7 @@ def _view(run: RunDirectory) -> dict[str, Any]:
         "charts": drawn,
         "chart_notes": [note for note in dict.fromkeys(chart.note for chart in drawn) if note],
         "eval_rows": _eval_rows(evals),
+        "classes": class_section(after or _newest(evals) or before),
         "groups": groups,
         "samples_source": samples_source,
         "right_from": RIGHT_FROM,
@@ -191,6 +200,12 @@ def _view(run: RunDirectory) -> dict[str, Any]:
 def _evaluation(run: RunDirectory, evals: Sequence[Json], when: Moment) -> Json | None:
     lines = [line for line in evals if line.get("when") == when]
     return lines[-1] if lines else run.evaluation(when)
+
+
+def _newest(evals: Sequence[Json]) -> Json | None:
+    """The evaluation of the latest step; None when there is none."""
+    lines = by_step(evals)
+    return lines[-1] if lines else None
 
 
 def _subtitle(config: Json) -> str:

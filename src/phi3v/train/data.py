@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from phi3v.config import TrainConfig
 from phi3v.data.dataset import ConversationDataset, check_dataset
 from phi3v.data.encode import SampleEncoder
+from phi3v.eval.questions import check_labels
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import write_json
 
@@ -45,7 +46,8 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         args: says which process this is.
 
     Raises:
-        DataError: a sample cannot be used and may not be left out.
+        ConfigError: ``config.eval_labels`` is no closed set of answers.
+        DataError: a sample cannot be used and may not be left out, or a question lacks the labels of its scoring.
     """
     encoder = SampleEncoder(processor, max_length=config.max_length, on_overlong=config.on_overlong)
     train = ConversationDataset(config.train_data, config.image_dir)
@@ -69,6 +71,10 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         broadcast_object_list(findings)
     for name, (dataset, _) in splits.items():
         dataset.leave_out(findings[0][name]["left_out"])
+    if evaluation is not None:
+        check_labels(
+            evaluation, processor, scoring=config.eval_scoring, labels=config.eval_labels, limit=config.eval_limit
+        )
     return CheckedData(train, evaluation, encoder, {name: found["summary"] for name, found in findings[0].items()})
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from phi3v.config import TrainConfig
 from phi3v.data.dataset import ConversationDataset
-from phi3v.eval.run import evaluate_model
+from phi3v.eval.answer import EvalSettings, Share
+from phi3v.eval.run import EvalResult, evaluate_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import EvalMoment, RunDirectory
 from phi3v.train.callbacks import SCORE_KEY
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Takes scores of the model in training, in the precision it trains in, and records them.
 
-    With several processes the first one answers all questions, and the others wait for its score.
+    Several processes share the questions out; the first one records the result, and all of them get the score.
 
     Args:
         model: the model, not wrapped for distributed training.
@@ -68,18 +69,23 @@ class Scorer:
             when: ``before``, ``during`` or ``after`` training.
             may_reuse: False when the weights are not those that a mid-run score of this step was taken of.
         """
-        score = [self._recorded_or_taken(step, when, may_reuse) if self._args.process_index == 0 else None]
+        recorded = [self._recorded(step, when, may_reuse) if self._args.process_index == 0 else None]
         if self._args.world_size > 1:
-            broadcast_object_list(score)
-        (value,) = score
-        assert value is not None
-        return value
+            broadcast_object_list(recorded)
+        (score,) = recorded
+        if score is not None:
+            return score
+        result = self._evaluate()
+        if self._args.process_index == 0:
+            self._record(result, step, when)
+        return result.score.score
 
     def score_during(self, step: int) -> dict[str, float]:
         """Takes a mid-run score; returns what Trainer logs."""
         return {SCORE_KEY: self.score(step, "during")}
 
-    def _recorded_or_taken(self, step: int, when: EvalMoment, may_reuse: bool) -> float:
+    def _recorded(self, step: int, when: EvalMoment, may_reuse: bool) -> float | None:
+        """Returns a score on record of the same weights, or None."""
         if when == "before" and (line := self._run.evaluation("before")) is not None:
             return line["score"]
         if when == "after" and may_reuse:
@@ -87,44 +93,38 @@ class Scorer:
                 if line["when"] == "during" and line["step"] == step:
                     self._run.append_eval({**line, "when": "after"})
                     return line["score"]
-        return self._evaluate(step, when)
+        return None
 
-    def _evaluate(self, step: int, when: EvalMoment) -> float:
-        config = self._config
-        with undisturbed(self._model), self._precision.autocast(self._args.device):
-            result = evaluate_model(
+    def _evaluate(self) -> EvalResult:
+        config, args = self._config, self._args
+        with undisturbed(self._model), self._precision.autocast(args.device):
+            return evaluate_model(
                 self._model,
                 self._processor,
                 self._dataset,
-                metric=config.eval_metric,
-                batch_size=config.eval_batch_size,
-                max_new_tokens=config.eval_max_new_tokens,
-                limit=config.eval_limit,
-                seed=config.seed,
-                progress=True,
+                EvalSettings(
+                    metric=config.eval_metric,
+                    scoring=config.eval_scoring,
+                    labels=config.eval_labels,
+                    batch_size=config.eval_batch_size,
+                    max_new_tokens=config.eval_max_new_tokens,
+                    limit=config.eval_limit,
+                    seed=config.seed,
+                    progress=config.progress and args.process_index == 0,
+                ),
+                Share(args.process_index, args.world_size),
             )
-        score = result.score
+
+    def _record(self, result: EvalResult, step: int, when: EvalMoment) -> None:
         # The predictions first: a line of eval.jsonl says that they are there.
         self._run.write_predictions(step, result.rows)
-        self._run.append_eval(
-            {
-                "step": step,
-                "when": when,
-                "metric": score.metric,
-                "score": score.score,
-                "low": score.low,
-                "high": score.high,
-                "confidence": score.confidence,
-                "n": score.n,
-                "seconds": result.seconds,
-            }
-        )
+        self._run.append_eval({"step": step, "when": when, "scoring": self._config.eval_scoring, **result.to_dict()})
+        score = result.score
         logger.info(
             "Step %d, %s training: %s %.4f (%d%% interval %.4f to %.4f, %d questions, %.1f s)",
             step, when, score.metric, score.score, round(100 * score.confidence), score.low, score.high, score.n,
             result.seconds,
         )  # fmt: skip
-        return score.score
 
 
 @contextmanager
@@ -132,9 +132,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts the model into evaluation mode; afterwards its mode and all random states are what they were."""
     was_training = model.training
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    # This process's own GPU only: asking the others for their state would take memory on each of them.
+    gpus = [device] if device.type == "cuda" else []
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
             yield
     finally:
         model.train(was_training)

@@ -1,5 +1,8 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from phi3v.data.collate import Collator
 from phi3v.data.encode import Encoded
@@ -56,6 +59,22 @@ def test_images_of_all_samples_follow_one_another():
     assert batch["pixel_values"].shape == (3, 5, 3, 4, 4)
     assert batch["pixel_values"][:, :, 0, 0, 0].tolist() == [[1, 1, 1, 0, 0], [2, 2, 0, 0, 0], [7] * 5]
     assert batch["image_sizes"].tolist() == [[4, 8], [4, 4], [4, 16]]
+
+
+def collate_and_tell(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], bool]:
+    batch = Collator(0)(samples)
+    return batch, batch["pixel_values"].is_shared()
+
+
+def test_a_loaders_worker_writes_images_to_the_memory_that_it_shares():
+    samples = [encoded(2, 1, (3, 2)), encoded(4, 1, (5,), value=7), encoded(3, 1)]
+    loader = DataLoader(samples, batch_size=3, num_workers=1, collate_fn=collate_and_tell)  # pyright: ignore[reportArgumentType]
+    [(batch, was_shared)] = loader
+    assert was_shared  # otherwise the loader copies the whole batch once more
+    here, is_shared_here = collate_and_tell(samples)
+    assert not is_shared_here
+    assert batch.keys() == here.keys()
+    assert all(torch.equal(batch[key], here[key]) for key in here)
 
 
 def test_only_what_is_there_enters_the_batch():

@@ -146,7 +146,9 @@ def test_pixels_are_those_of_a_plain_conversion(tmp_path, mode):
         noise().convert(mode).save(path)
     with Image.open(path) as image:
         expected = np.asarray(image.convert("RGB"))
-    assert np.array_equal(np.asarray(read_image(path)), expected)
+    image = read_image(path)
+    assert np.array_equal(np.asarray(image.convert("RGB")), expected)
+    assert image.mode == ("L" if mode in ("1", "L", "LA") else "RGB")
 
 
 def test_orientation_tags_are_not_applied(tmp_path):

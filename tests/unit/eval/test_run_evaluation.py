@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image
 
-from phi3v.config import EvalConfig
+from phi3v.config import EvalConfig, load_config
 from phi3v.errors import ConfigError, DataError
 from phi3v.eval.run import run_evaluation
 
@@ -62,3 +63,64 @@ def test_bad_samples_stop_before_the_model_is_loaded_or_are_counted(
             run_evaluation(config)
     assert run_evaluation(replace(config, on_bad_sample="skip")).score.n == 2
     assert json.loads((config.output_dir / "eval.json").read_text())["skipped"] == {"missing image": 1}
+
+
+def label_data(config: EvalConfig, **more: object) -> None:
+    rows = [{"images": ["a.png"], "user": "Orange?", "assistant": "Yes"}, {"user": "Hi?", "assistant": "No"}]
+    lines = [json.dumps({"id": str(k), "conversations": [{**row, **more}]}) for k, row in enumerate(rows)]
+    config.data[0].write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("scoring", ["likelihood", "both"])
+def test_closed_questions_get_probabilities_and_a_report(
+    config: EvalConfig, scoring: Literal["likelihood", "both"]
+) -> None:
+    label_data(config)
+    settings = replace(config, metric="accuracy", scoring=scoring, labels=["Yes", "No"])
+    result = run_evaluation(settings)
+    rows = [json.loads(line) for line in (config.output_dir / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["labels"] == ["Yes", "No"] and sum(row["probabilities"]) == pytest.approx(1, abs=2e-6)
+        if scoring == "likelihood":
+            assert row["prediction"] == max(zip(row["probabilities"], row["labels"], strict=True))[1]
+    assert [row["expected"] for row in rows] == ["Yes", "No"]
+    found = json.loads((config.output_dir / "eval.json").read_text())
+    assert found["scoring"] == scoring and found["score"] == result.score.score
+    (group,) = found["classes"]["groups"]
+    is_ranked = rows[0]["probabilities"][0] > rows[1]["probabilities"][0]
+    assert group["labels"] == ["Yes", "No"] and group["auroc"]["value"] == is_ranked
+    assert sum(map(sum, group["confusion"])) == 2 == group["n"]
+    assert found["classes"]["calibration"]["n"] == 2
+    assert load_config(EvalConfig, config.output_dir / "config.yaml") == settings
+
+
+def test_closed_questions_are_reported_by_class_without_probabilities(config: EvalConfig) -> None:
+    label_data(config, labels=["No", "Yes"])
+    run_evaluation(config)
+    found = json.loads((config.output_dir / "eval.json").read_text())
+    assert found["classes"]["groups"][0]["auroc"] is None and found["classes"]["calibration"] is None
+    assert found["classes"]["groups"][0]["other"] == 2, "three random tokens are no label"
+    row = json.loads((config.output_dir / "predictions.jsonl").read_text().splitlines()[0])
+    assert row["expected"] == "Yes" and "probabilities" not in row
+
+
+def test_open_questions_have_no_report_by_class(config: EvalConfig) -> None:
+    run_evaluation(config)
+    assert "classes" not in json.loads((config.output_dir / "eval.json").read_text())
+
+
+def test_missing_labels_are_told_before_the_model_is_loaded(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3v.eval import run
+
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    with pytest.raises(DataError, match=r"data\.jsonl:1.*has no labels"):
+        run_evaluation(replace(config, scoring="likelihood"))
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_bars_are_shown_where_asked_for(config: EvalConfig, progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluation(replace(config, progress=progress))
+    printed = capsys.readouterr().err
+    assert ("answering" in printed) == ("checking data" in printed) == progress

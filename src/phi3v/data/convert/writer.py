@@ -80,9 +80,20 @@ class NativeWriter:
         self.conversion = Conversion(image_dir=self.image_dir)
         self._skipped: Counter[str] = Counter()
         self._open: dict[str, tuple[BinaryIO, Path]] = {}
+        self._has_linked = False
 
     def __enter__(self) -> Self:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Makes the output folder.
+
+        Raises:
+            DataError: it cannot be made.
+        """
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.output_dir}: the folder cannot be made: {error.strerror}. Choose another output_dir."
+            ) from error
         return self
 
     def __exit__(
@@ -94,25 +105,28 @@ class NativeWriter:
             DataError: no sample was written.
         """
         self.conversion.skipped = dict(sorted(self._skipped.items()))
-        for file, _ in self._open.values():
+        is_complete = False
+        try:
             if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
+                self._complete()
+                is_complete = True
+        finally:
+            for file, temporary in self._open.values():
+                file.close()
+                temporary.unlink(missing_ok=True)
+            if self._has_linked and not is_complete:
+                self.image_dir.unlink()  # the next attempt may have another folder to link to
+
+    def _complete(self) -> None:
+        if not self.conversion.samples:
+            found = f"nothing to write to {self.output_dir}: no usable record was found. Check the source."
+            raise DataError("\n".join([found, *(f"  {problem}" for problem in self.conversion.problems)]))
+        for file, _ in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
         for split, (_, temporary) in self._open.items():
-            if kind is None:
-                temporary.replace(self.conversion.files[split])
-            else:
-                temporary.unlink(missing_ok=True)
-        if kind is None and not self.conversion.samples:
-            raise DataError(
-                "\n".join(
-                    [
-                        f"nothing to write to {self.output_dir}: no usable record was found. Check the source.",
-                        *(f"  {problem}" for problem in self.conversion.problems),
-                    ]
-                )
-            )
+            temporary.replace(self.conversion.files[split])
 
     def add(self, split: str, record: Mapping[str, Any], *, where: str) -> bool:
         """Checks one native record and appends it to the split's file; says whether it was written.
@@ -145,6 +159,10 @@ class NativeWriter:
         """Counts a bad record, or raises its error where bad records are not to be left out."""
         if self.on_bad_sample == "error":
             raise error
+        self.leave_out(error)
+
+    def leave_out(self, error: SampleError) -> None:
+        """Counts a record that is not converted, whatever ``on_bad_sample`` says: the source knows no answer to it."""
         self._skipped[error.reason] += 1
         if len(self.conversion.problems) < MAX_LISTED_PROBLEMS:
             self.conversion.problems.append(str(error))
@@ -153,8 +171,11 @@ class NativeWriter:
         """Writes an encoded image file to ``OUT/images/name``, whole or not at all, and returns ``name``.
 
         A file of the same size that is there already stays: it is an earlier conversion's.
+
+        Raises:
+            DataError: the file would lie in a folder that ``OUT/images`` is a link to, or elsewhere outside.
         """
-        target = self.image_dir / name
+        target = self._image_file(name)
         if not (target.is_file() and target.stat().st_size == len(content)):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
@@ -163,10 +184,10 @@ class NativeWriter:
         return name
 
     def use_images(self, folder: Path) -> None:
-        """Makes ``OUT/images`` a link to an existing image folder; nothing is copied.
+        """Makes ``OUT/images`` a link to an existing image folder; nothing is copied. A failed conversion unmakes it.
 
         Raises:
-            DataError: no such folder, or ``OUT/images`` is something else already.
+            DataError: no such folder, ``OUT/images`` is something else already, or no link can be made.
         """
         if not folder.is_dir():
             raise DataError(
@@ -179,14 +200,36 @@ class NativeWriter:
             raise DataError(
                 f"{self.image_dir} is there already and is not {folder}. Take it away or choose another output_dir."
             )
-        self.image_dir.symlink_to(folder, target_is_directory=True)
+        try:
+            self.image_dir.symlink_to(folder, target_is_directory=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.image_dir}: no link can be made here: {error.strerror}. Set copy_images."
+            ) from error
+        self._has_linked = True
 
     def copy_image(self, source: Path, name: str) -> str:
-        """Copies an image file to ``OUT/images/name`` unless a file of its size is there, and returns ``name``."""
-        target = self.image_dir / name
+        """Copies an image file to ``OUT/images/name`` unless a file of its size is there, and returns ``name``.
+
+        Raises:
+            DataError: as ``write_image``.
+        """
+        target = self._image_file(name)
         if not (target.is_file() and target.stat().st_size == source.stat().st_size):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
             shutil.copyfile(source, temporary)
             temporary.replace(target)
         return name
+
+    def _image_file(self, name: str) -> Path:
+        if self.image_dir.is_symlink():
+            raise DataError(
+                f"{self.image_dir} is a link, which an earlier conversion may have made; image files are not written "
+                "through it. Take the link away or choose another output_dir."
+            )
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(
+                f"image {name!r} would be written outside {self.image_dir}. Correct its name in the source."
+            )
+        return self.image_dir / name

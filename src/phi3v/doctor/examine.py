@@ -1,0 +1,137 @@
+"""The examination: both passes over the data, then all that is to be said about them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.dataset import ConversationDataset
+from ..data.encode import SampleEncoder
+from ..errors import ConfigError
+from ..model.checkpoint import load_processor
+from .diagnosis import Diagnosis, Split
+from .findings import answers_of, bad_samples, notes_of
+from .ledger import Ledger, read_all
+from .lengths import NUM_CROPS, Costs, costs_of, lengths_of, spread
+from .page import write_page
+from .reading import LINES_A_TASK, Reader
+from .repeats import Repeats
+from .workers import Workers, default_num_workers
+
+
+def examine(
+    data: list[Path],
+    *,
+    model: str,
+    image_dir: Path | None = None,
+    num_crops: int | None = None,
+    max_length: int = 4096,
+    decode: bool = False,
+    hashes: bool = True,
+    html: Path | None = None,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Examines data before training: lines, images, lengths, labels, and what splits share.
+
+    Every line and every image file is read once, whatever is wrong with others. The result does not depend on the
+    number of processes. Memory does not hold samples: some 70 bytes for each and 50 for each image file (``Ledger``).
+
+    Args:
+        data: JSONL files, each one split, named by its stem.
+        model: model folder or hub id whose tokenizer and image processing count.
+        image_dir: folder that image paths are relative to; default, for each file, images beside it or its own folder.
+        num_crops: most crops an image is cut into; default the model's own.
+        max_length: decoder positions, to count the samples above.
+        decode: decode every image in full, as training will; otherwise damage inside a JPEG that shows only in full
+            resolution, and without hashes all damage inside files, stays unseen.
+        hashes: compare images by content: copies and near duplicates, also across splits. Off, only headers and file
+            ends are read, which is several times faster.
+        html: write a page with charts and sample pictures there.
+        num_workers: processes that read; default one a core, 16 at most.
+        progress: show bars.
+
+    Raises:
+        DataError: a data file or the image folder is missing, a file has no sample at all, or one changed meanwhile.
+        ConfigError: a number below 1.
+        CheckpointError: ``model`` is no model.
+        CapacityError: a worker process was killed.
+    """
+    for name, value in (("num_crops", num_crops), ("max_length", max_length), ("num_workers", num_workers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, must be at least 1")
+    encoder = SampleEncoder(load_processor(model, num_crops=num_crops))
+    splits = [ConversationDataset(path, image_dir) for path in data]
+    names = _names(data)
+    num_lines = sum(dataset.num_lines for dataset in splits)
+    # Less than two tasks are done before a second process has started.
+    num_processes = (num_workers or default_num_workers()) if num_lines > LINES_A_TASK else 1
+    with Workers(num_processes, Reader, splits, model, decode, hashes) as workers:
+        ledger = read_all(splits, workers, progress)
+    image_processor = encoder.processor.image_processor
+    chosen = image_processor.num_crops
+    crop_px, tokens_per_side = image_processor.crop_px, image_processor.tokens_per_side
+    costs = {crops: costs_of(ledger, crops, crop_px, tokens_per_side) for crops in sorted({*NUM_CROPS, chosen})}
+    repeats = Repeats(ledger, costs[chosen], names, hashes)
+    diagnosis = Diagnosis(
+        splits=tuple(
+            _split(ledger, costs, encoder, repeats, number, name, Path(path), max_length)
+            for number, (name, path) in enumerate(zip(names, data, strict=True))
+        ),
+        across=repeats.across(),
+        num_crops=chosen,
+        limit=max_length,
+        has_decoded=decode or hashes,
+        has_hashed=hashes,
+        page=html,
+    )
+    if html is not None:
+        write_page(diagnosis, ledger, costs[chosen], encoder, html)
+    return diagnosis
+
+
+def _names(data: Sequence[Path]) -> list[str]:
+    stems = [Path(path).stem for path in data]
+    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, data, strict=True)]
+
+
+def _split(
+    ledger: Ledger,
+    costs: dict[int, Costs],
+    encoder: SampleEncoder,
+    repeats: Repeats,
+    number: int,
+    name: str,
+    path: Path,
+    limit: int,
+) -> Split:
+    chosen = costs[encoder.processor.num_crops]
+    own = ledger.samples_of(number)
+    rows = ledger.rows[own][chosen.is_usable[own]]
+    images = ledger.images[ledger.images_of(number)]
+    images = images[images["reason"] == 0]
+    return Split(
+        name=name,
+        path=path,
+        num_samples=own.stop - own.start,
+        num_usable=len(rows),
+        bad=bad_samples(ledger, chosen, encoder, number),
+        num_text_only=int((rows["num_images"] == 0).sum()),
+        own_num_crops=dict(sorted(Counter(rows["num_crops"][rows["num_crops"] > 0].tolist()).items())),
+        turns=spread(rows["num_turns"]),
+        images_a_sample=spread(rows["num_images"]),
+        supervised=spread(rows["supervised"]),
+        answers=answers_of(ledger, chosen, number),
+        lengths={crops: lengths_of(ledger, one, number, limit) for crops, one in costs.items()},
+        num_images=len(ledger.images_of(number)),
+        formats=_word_counts(ledger, images["format"]),
+        modes=_word_counts(ledger, images["mode"]),
+        notes=notes_of(ledger, chosen, number, encoder.processor.image_processor.crop_px),
+        repeats=repeats.within(number),
+    )
+
+
+def _word_counts(ledger: Ledger, numbers: np.ndarray) -> dict[str, int]:
+    """Counts words, most frequent first."""
+    return {ledger.words.known[number]: count for number, count in Counter(numbers.tolist()).most_common()}

@@ -1,0 +1,101 @@
+"""Work spread over processes: the same answers in the same order, however many there are.
+
+A tokenizer holds a core and is not safe to share between threads, so each process has its own.
+"""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from ..errors import CapacityError
+
+MOST_WORKERS = 16
+"""Processes that are started unless more are asked for; reading from disk rarely feeds more."""
+
+TASKS_AHEAD = 4
+"""Tasks that wait or lie finished for each process; bounds what a slow first task lets pile up."""
+
+Bench = TypeVar("Bench")
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+_bench: object = None
+"""What this worker process works with; made once, by its initializer."""
+
+
+def default_num_workers() -> int:
+    """Returns the number of cores, ``MOST_WORKERS`` at most."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
+
+
+class Workers(Generic[Bench]):
+    """Processes that each hold one ``Bench``, made by ``make_bench``; a context manager.
+
+    Args:
+        num_workers: processes; with 1 everything happens in this one.
+        make_bench: called once in every process with ``arguments``; both must survive pickling.
+        arguments: of ``make_bench``.
+    """
+
+    def __init__(self, num_workers: int, make_bench: Callable[..., Bench], *arguments: object) -> None:
+        self._num_workers = num_workers
+        self._make_bench = make_bench
+        self._arguments = arguments
+        self._own: Bench | None = None
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._num_workers == 1:
+            self._own = self._make_bench(*self._arguments)
+        else:
+            self._pool = ProcessPoolExecutor(
+                self._num_workers, initializer=_start_worker, initargs=(self._make_bench, self._arguments)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the processes; after an interruption each finishes the task in hand, which takes moments."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[Bench, Task], Answer], tasks: Iterable[Task]) -> Iterator[Answer]:
+        """Yields ``work(bench, task)`` for every task, in the order of the tasks.
+
+        Raises:
+            CapacityError: a process was killed.
+        """
+        if self._own is not None:
+            for task in tasks:
+                yield work(self._own, task)
+            return
+        assert self._pool is not None, "Workers is a context manager"
+        ahead: deque[Future[Answer]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(self._pool.submit(_work, work, task))
+                if len(ahead) > TASKS_AHEAD * self._num_workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise CapacityError(
+                "a worker process was killed, most likely for want of memory. Set num_workers to a smaller number."
+            ) from error
+
+
+def _start_worker(make_bench: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    global _bench
+    # Ctrl-C reaches every process of the terminal; the parent alone decides, and its workers leave no tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _bench = make_bench(*arguments)
+
+
+def _work(work: Callable[..., Answer], task: object) -> Answer:
+    return work(_bench, task)
