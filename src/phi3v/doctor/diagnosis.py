@@ -1,5 +1,6 @@
 """The result of an examination, and the table that the command line prints of it."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield "Images were not compared by content (hashes off): copies under other names were not looked for."
     if diagnosis.page is not None:
         yield f"page: {diagnosis.page}"
-    yield diagnosis.verdict
+    yield from textwrap.wrap(diagnosis.verdict, WIDTH)
 
 
 def _overview_row(split: Split) -> list[str]:

@@ -89,7 +89,7 @@ def notes_of(ledger: Ledger, costs: Costs, split: int, crop_px: int) -> tuple[Fi
         ("several frames", images["is_animated"], "The model sees the first frame alone."),
         ("blank", images["is_flat"], "One flat colour. Left out of the search for near duplicates."),
         (
-            f"longer than {EXTREME_RATIO:g} times their width",
+            f"over {EXTREME_RATIO:g} times as long as wide, or as wide as long",
             is_read & (long > EXTREME_RATIO * short),
             "One row of crops, mostly padding. Cut them into pieces.",
         ),

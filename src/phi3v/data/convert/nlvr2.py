@@ -38,7 +38,8 @@ def convert_nlvr2(
 ) -> Conversion:
     """Convert NLVR2, sentences about two photographs: from the hub (the Cauldron), or the original release on disk.
 
-    Every sentence is a sample of its own. Of the Cauldron's rows that are held out, the first question is taken.
+    A row of the Cauldron becomes one conversation, whose turns are the row's questions; of a row that is held out the
+    first question is taken. Both are the published recipe's way. Every sentence of the release is a sample of its own.
 
     Args:
         source: folder or JSON file of the original release, folder of the Cauldron, or owner/name on the hub
@@ -76,9 +77,11 @@ def _convert_row(record: SourceRecord, number: int, split: str, writer: NativeWr
     except SampleError as error:
         writer.skip(error)
         return
-    for place, (question, answer) in enumerate(questions[:1] if split == "val" else questions):
-        turn = {"images": images, "user": question, "assistant": answer}
-        writer.add(split, _sample(f"{split}-{number}-{place}", turn), where=record.where)
+    turns: list[dict[str, Any]] = [
+        {"user": question, "assistant": answer} for question, answer in (questions[:1] if split == "val" else questions)
+    ]
+    turns[0]["images"] = images
+    writer.add(split, _sample(f"{split}-{number}", *turns), where=record.where)
 
 
 def _convert_release(
@@ -141,5 +144,5 @@ def _turn(record: SourceRecord, folder: PurePosixPath, images: SourceImages) -> 
     return name, turn
 
 
-def _sample(name: str, turn: dict[str, Any]) -> dict[str, Any]:
-    return {"id": f"nlvr2-{name}", "source": "nlvr2", "conversations": [turn]}
+def _sample(name: str, *turns: dict[str, Any]) -> dict[str, Any]:
+    return {"id": f"nlvr2-{name}", "source": "nlvr2", "conversations": list(turns)}

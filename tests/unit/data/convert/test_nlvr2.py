@@ -21,6 +21,12 @@ def sample(name: str, images: list[str], user: str, answer: str, **keys: Any) ->
     return {"id": f"nlvr2-{name}", "source": "nlvr2", "conversations": [turn]}
 
 
+def conversation(name: str, images: list[str], *questions: tuple[str, str]) -> dict[str, Any]:
+    turns: list[dict[str, Any]] = [{"user": user, "assistant": answer} for user, answer in questions]
+    turns[0]["images"] = images
+    return {"id": f"nlvr2-{name}", "source": "nlvr2", "conversations": turns}
+
+
 def pair(row: int) -> list[str]:
     sides = (picture(2 * row), "png"), (picture(2 * row + 1, "JPEG"), "jpg")
     return [f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}" for content, suffix in sides]
@@ -29,27 +35,25 @@ def pair(row: int) -> list[str]:
 # --- from the hub ----------------------------------------------------------------------------------------------------
 
 
-def test_every_training_question_is_a_sample_and_the_first_of_those_held_out(hub, tmp_path, read_back):
+def test_a_training_row_is_a_conversation_and_a_held_out_one_its_first_question(hub, tmp_path, read_back):
     write_cauldron(hub, "nlvr2", nlvr2_rows(4))
     conversion = convert_nlvr2(None, tmp_path / "out", num_val_rows=2, progress=False)
     read_back(conversion)
     dogs, cats = "Are there {} dogs?\nAnswer yes or no.", "Is it true that {} cats sit?\nAnswer yes or no."
     assert lines(conversion.files["val"]) == [
-        sample("val-0-0", pair(0), dogs.format(0), "No."),
-        sample("val-1-0", pair(1), dogs.format(1), "Yes."),
+        sample("val-0", pair(0), dogs.format(0), "No."),
+        sample("val-1", pair(1), dogs.format(1), "Yes."),
     ]
     assert lines(conversion.files["train"]) == [
-        sample("train-2-0", pair(2), dogs.format(2), "No."),
-        sample("train-2-1", pair(2), cats.format(2), "No."),
-        sample("train-3-0", pair(3), dogs.format(3), "Yes."),
-        sample("train-3-1", pair(3), cats.format(3), "No."),
+        conversation("train-2", pair(2), (dogs.format(2), "No."), (cats.format(2), "No.")),
+        conversation("train-3", pair(3), (dogs.format(3), "Yes."), (cats.format(3), "No.")),
     ]
 
 
 def test_500_rows_are_held_out_unless_told_otherwise(hub, tmp_path):
     write_cauldron(hub, "nlvr2", nlvr2_rows(502))
-    assert convert_nlvr2(None, tmp_path / "a", limit=1, progress=False).samples == {"val": 1, "train": 2}
-    assert convert_nlvr2(None, tmp_path / "b", progress=False).samples == {"val": 500, "train": 4}
+    assert convert_nlvr2(None, tmp_path / "a", limit=1, progress=False).samples == {"val": 1, "train": 1}
+    assert convert_nlvr2(None, tmp_path / "b", progress=False).samples == {"val": 500, "train": 2}
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -60,7 +64,7 @@ def test_a_row_with_other_than_two_images_is_named_or_left_out(hub, tmp_path, co
     with pytest.raises(DataError, match=rf"nlvr2/train row 2: it has {count} image\(s\), not 2"):
         convert_nlvr2(None, tmp_path / "out", num_val_rows=1, progress=False)
     conversion = convert_nlvr2(None, tmp_path / "out", num_val_rows=1, on_bad_sample="skip", progress=False)
-    assert (conversion.samples, conversion.skipped) == ({"val": 1, "train": 4}, {"number of images": 1})
+    assert (conversion.samples, conversion.skipped) == ({"val": 1, "train": 2}, {"number of images": 1})
 
 
 # --- from the original release ----------------------------------------------------------------------------------------
