@@ -103,7 +103,7 @@ def test_help_says_what_the_docstring_says() -> None:
     parser = argparse.ArgumentParser(prog="plant")
     add_signature(parser, plant)
     text = " ".join(parser.format_help().split())
-    for part in ("the shop, at 100 %", "which may have a fence", "how many. (default: 3)", "one of rows, groves"):
+    for part in ("the shop, at 100 %", "which may have a fence", "how many (default: 3)", "one of rows, groves"):
         assert part in text
     assert "rain" not in text
 

@@ -13,7 +13,7 @@ from ..model.checkpoint import load_processor
 from .diagnosis import Diagnosis, Split
 from .findings import answers_of, bad_samples, notes_of
 from .ledger import Ledger, read_all
-from .lengths import NUM_CROPS, Costs, costs_of, lengths_of, spread
+from .lengths import NUM_CROPS, Costs, Lengths, costs_of, lengths_of, spread
 from .page import write_page
 from .reading import LINES_A_TASK, Reader
 from .repeats import Repeats
@@ -36,7 +36,8 @@ def examine(
     """Examines data before training: lines, images, lengths, labels, and what splits share.
 
     Every line and every image file is read once, whatever is wrong with others. The result does not depend on the
-    number of processes. Memory does not hold samples: some 70 bytes for each and 50 for each image file (``Ledger``).
+    number of processes. Memory does not hold samples: about 100 bytes for each with its image (``Ledger``), 500
+    while they are summed up.
 
     Args:
         data: JSONL files, each one split, named by its stem.
@@ -54,13 +55,15 @@ def examine(
 
     Raises:
         DataError: a data file or the image folder is missing, a file has no sample at all, or one changed meanwhile.
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or a page that cannot be written.
         CheckpointError: ``model`` is no model.
         CapacityError: a worker process was killed.
     """
     for name, value in (("num_crops", num_crops), ("max_length", max_length), ("num_workers", num_workers)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, must be at least 1")
+    if html is not None:
+        _make_folder_of(html)
     encoder = SampleEncoder(load_processor(model, num_crops=num_crops))
     splits = [ConversationDataset(path, image_dir) for path in data]
     names = _names(data)
@@ -69,26 +72,39 @@ def examine(
     num_processes = (num_workers or default_num_workers()) if num_lines > LINES_A_TASK else 1
     with Workers(num_processes, Reader, splits, model, decode, hashes) as workers:
         ledger = read_all(splits, workers, progress)
-    image_processor = encoder.processor.image_processor
-    chosen = image_processor.num_crops
-    crop_px, tokens_per_side = image_processor.crop_px, image_processor.tokens_per_side
-    costs = {crops: costs_of(ledger, crops, crop_px, tokens_per_side) for crops in sorted({*NUM_CROPS, chosen})}
-    repeats = Repeats(ledger, costs[chosen], names, hashes)
+    costs = _costs(ledger, encoder, encoder.processor.num_crops)
+    lengths: list[dict[int, Lengths]] = [{} for _ in splits]
+    for crops in sorted({*NUM_CROPS, costs.num_crops}):
+        at_crops = _costs(ledger, encoder, crops)  # one at a time: they are as long as the data
+        for number, by_crops in enumerate(lengths):
+            by_crops[crops] = lengths_of(ledger, at_crops, number, max_length)
+    repeats = Repeats(ledger, costs, names, hashes)
     diagnosis = Diagnosis(
         splits=tuple(
-            _split(ledger, costs, encoder, repeats, number, name, Path(path), max_length)
+            _split(ledger, costs, encoder, repeats, lengths[number], number, name, Path(path))
             for number, (name, path) in enumerate(zip(names, data, strict=True))
         ),
         across=repeats.across(),
-        num_crops=chosen,
+        num_crops=costs.num_crops,
         limit=max_length,
         has_decoded=decode or hashes,
         has_hashed=hashes,
         page=html,
     )
     if html is not None:
-        write_page(diagnosis, ledger, costs[chosen], encoder, html)
+        write_page(diagnosis, ledger, costs, encoder, html)
     return diagnosis
+
+
+def _make_folder_of(html: Path) -> None:
+    """Refuses a page that could not be written, before hours of reading rather than after them."""
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = html.is_dir()
+    except OSError as error:
+        raise ConfigError(f"html {html}: its folder cannot be made: {error.strerror}. Name another place.") from error
+    if is_folder:
+        raise ConfigError(f"html {html} is a folder. Name a file in it, such as {html / 'check.html'}.")
 
 
 def _names(data: Sequence[Path]) -> list[str]:
@@ -98,17 +114,16 @@ def _names(data: Sequence[Path]) -> list[str]:
 
 def _split(
     ledger: Ledger,
-    costs: dict[int, Costs],
+    costs: Costs,
     encoder: SampleEncoder,
     repeats: Repeats,
+    lengths: dict[int, Lengths],
     number: int,
     name: str,
     path: Path,
-    limit: int,
 ) -> Split:
-    chosen = costs[encoder.processor.num_crops]
     own = ledger.samples_of(number)
-    rows = ledger.rows[own][chosen.is_usable[own]]
+    rows = ledger.rows[own][costs.is_usable[own]]
     images = ledger.images[ledger.images_of(number)]
     images = images[images["reason"] == 0]
     return Split(
@@ -116,20 +131,25 @@ def _split(
         path=path,
         num_samples=own.stop - own.start,
         num_usable=len(rows),
-        bad=bad_samples(ledger, chosen, encoder, number),
+        bad=bad_samples(ledger, costs, encoder, number),
         num_text_only=int((rows["num_images"] == 0).sum()),
         own_num_crops=dict(sorted(Counter(rows["num_crops"][rows["num_crops"] > 0].tolist()).items())),
         turns=spread(rows["num_turns"]),
         images_a_sample=spread(rows["num_images"]),
         supervised=spread(rows["supervised"]),
-        answers=answers_of(ledger, chosen, number),
-        lengths={crops: lengths_of(ledger, one, number, limit) for crops, one in costs.items()},
+        answers=answers_of(ledger, costs, number),
+        lengths=lengths,
         num_images=len(ledger.images_of(number)),
         formats=_word_counts(ledger, images["format"]),
         modes=_word_counts(ledger, images["mode"]),
-        notes=notes_of(ledger, chosen, number, encoder.processor.image_processor.crop_px),
+        notes=notes_of(ledger, costs, number, encoder.processor.image_processor.crop_px),
         repeats=repeats.within(number),
     )
+
+
+def _costs(ledger: Ledger, encoder: SampleEncoder, num_crops: int) -> Costs:
+    image_processor = encoder.processor.image_processor
+    return costs_of(ledger, num_crops, image_processor.crop_px, image_processor.tokens_per_side)
 
 
 def _word_counts(ledger: Ledger, numbers: np.ndarray) -> dict[str, int]:

@@ -19,6 +19,9 @@ from .specimens import specimens
 CHART_WIDTH, CHART_HEIGHT = 320, 96
 """Plot of a histogram, in the units of its SVG view box."""
 
+WIDEST_BAR = 24.0
+"""In the same units: a histogram of one number is a bar, not a block."""
+
 
 class Bar(NamedTuple):
     """One bar of a histogram, in view box units, with what it says."""
@@ -55,7 +58,7 @@ def write_page(diagnosis: Diagnosis, ledger: Ledger, costs: Costs, encoder: Samp
         ledger: the data, for the samples shown.
         costs: at the number of crops that training uses.
         encoder: as training uses it.
-        path: the file; its folder is made where missing.
+        path: the file.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -72,7 +75,6 @@ def write_page(diagnosis: Diagnosis, ledger: Ledger, costs: Costs, encoder: Samp
         chart_width=CHART_WIDTH,
         chart_height=CHART_HEIGHT,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A lone surrogate, which UTF-8 cannot hold, becomes a character reference; browsers show it as a replacement mark.
     write_atomically(path, html.encode("utf-8", errors="xmlcharrefreplace"))
 
@@ -107,11 +109,10 @@ def _crop_bars(title: str, image_crops: dict[int, int]) -> Bars:
 
 
 def _bars(counts: tuple[int, ...], labels: list[str]) -> list[Bar]:
-    width = CHART_WIDTH / len(counts)
+    slot = CHART_WIDTH / len(counts)
+    width = min(max(0.8 * slot, slot - 1), WIDEST_BAR)
     most = max(counts)
     return [
-        Bar(
-            round(width * index, 2), round(max(0.8 * width, width - 1), 2), round(CHART_HEIGHT * count / most, 2), label
-        )
+        Bar(round(slot * (index + 0.5) - width / 2, 2), round(width, 2), round(CHART_HEIGHT * count / most, 2), label)
         for index, (count, label) in enumerate(zip(counts, labels, strict=True))
     ]

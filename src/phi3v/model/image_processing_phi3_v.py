@@ -124,7 +124,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Fills ``crops``: (1 + rows * columns, 3, crop_px, crop_px) float32, global view first.
 
         One channel after the other goes through one buffer, which stays in the processor's cache: every crop is
-        written once, and the image is never held as a whole in floating point.
+        written once.
         """
         edge = self.crop_px
         rows, columns = layout.grid

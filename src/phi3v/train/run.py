@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 Model = Phi3VForCausalLM | PeftModel
 
 PROCESSES_WAIT_S = 4 * 3600
-"""How long processes wait for each other: the first one takes the scores while the others wait."""
+"""How long processes wait for each other: one may still be answering its share of the questions."""
 
 CHECK_FILE = "data-check.json"
 """What the data check found, beside the checkpoints."""
