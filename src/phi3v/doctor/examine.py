@@ -48,7 +48,7 @@ def examine(
         decode: decode every image in full, as training will; otherwise damage inside a JPEG that shows only in full
             resolution, and without hashes all damage inside files, stays unseen.
         hashes: compare images by content: copies and near duplicates, also across splits. Off, only headers and file
-            ends are read, which is several times faster.
+            ends are read, which is faster the larger the images.
         html: write a page with charts and sample pictures there.
         num_workers: processes that read; default one a core, 16 at most.
         progress: show bars.
