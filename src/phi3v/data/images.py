@@ -18,7 +18,7 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 
 _GRAY_MODES = ("1", "L", "LA")
 
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError,
     SyntaxError,  # PIL: a broken PNG chunk
     ValueError,
@@ -62,8 +62,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UnusableImageError: missing, not an image, over ``MAX_IMAGE_PIXELS``, or damaged.
     """
-    with _open(path) as image:
-        return _decode(image)
+    with open_image(path) as image:
+        return decode_image(image)
 
 
 def check_image(path: Path, decode: bool) -> tuple[int, int]:
@@ -78,13 +78,18 @@ def check_image(path: Path, decode: bool) -> tuple[int, int]:
     Raises:
         UnusableImageError: as ``read_image``.
     """
-    with _open(path) as image:
+    with open_image(path) as image:
         if decode or not _ends_whole(path, image.format):
-            _decode(image)
+            decode_image(image)
         return image.height, image.width
 
 
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Opens an image file without decoding it.
+
+    Raises:
+        UnusableImageError: missing, not an image, or over ``MAX_IMAGE_PIXELS``.
+    """
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
         raise UnusableImageError(
@@ -106,7 +111,7 @@ def _open(path: Path) -> Image.Image:
         raise UnusableImageError(
             f"may not be read ({path})", "Give this user the right to read it.", "unreadable image"
         ) from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise _corrupt(error) from error
     if image.height * image.width > MAX_IMAGE_PIXELS:
         image.close()
@@ -114,14 +119,19 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def decode_image(image: Image.Image) -> Image.Image:
+    """Decodes an opened file's pixels: mode ``L`` where it has no colour, else RGB.
+
+    Raises:
+        UnusableImageError: damaged, or a decompression bomb.
+    """
     try:
         image.load()  # while the file is open, and where damage is caught
         mode = "L" if image.mode in _GRAY_MODES else "RGB"
         return image if image.mode == mode else image.convert(mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _bomb(str(error)) from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise _corrupt(error) from error
 
 

@@ -253,7 +253,8 @@ def _chance_of_most(count: int, size: int) -> np.ndarray:
 
 
 def _waste(used: float, padded: float) -> float:
-    return round(1 - used / padded, 12) if padded else 0.0  # sums in other orders differ in their last bits
+    # Sums in other orders differ in their last bits, on either side of zero too.
+    return max(0.0, round(1 - used / padded, 12)) if padded else 0.0
 
 
 def _tokens_and_crops(height: int, width: int, num_crops: int, crop_px: int, tokens_per_side: int) -> Sequence[int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.images import _DECODING_ERRORS, _decode, _open, check_image
+from ..data.images import DECODING_ERRORS, check_image, decode_image, open_image
 from .hashing import digest_of_file
 
 HASHED_PX = 32
@@ -76,7 +76,7 @@ def look_at(path: Path, *, decode: bool, hashes: bool) -> Look:
     """
     if not hashes:
         check_image(path, decode)  # judges the end of the file, which hashing finds by reading it
-    with _open(path) as image:
+    with open_image(path) as image:
         look = Look(
             problem="",
             height=image.height,
@@ -92,7 +92,7 @@ def look_at(path: Path, *, decode: bool, hashes: bool) -> Look:
             return look
         if image.format in ("JPEG", "MPO") and not decode:
             image.draft("L" if image.mode == "RGB" else image.mode, (_DRAFT_PX, _DRAFT_PX))
-        grey = _decode(image).convert("L").resize((HASHED_PX, HASHED_PX), Image.Resampling.BOX)
+        grey = decode_image(image).convert("L").resize((HASHED_PX, HASHED_PX), Image.Resampling.BOX)
     pixels = np.asarray(grey, dtype=np.float64)
     return look._replace(
         content=digest_of_file(path),
@@ -146,7 +146,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # asking further would decode all pixels
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _DECODING_ERRORS:  # a broken EXIF block does not stop training
+    except DECODING_ERRORS:  # a broken EXIF block does not stop training
         return 1
     return value if value in range(1, 9) else 1
 
@@ -157,5 +157,5 @@ def _is_animated(image: Image.Image) -> bool:
         return False
     try:
         return getattr(image, "is_animated", False)  # which formats have the attribute is Pillow's affair
-    except _DECODING_ERRORS:  # a frame behind the first is broken; training does not read it
+    except DECODING_ERRORS:  # a frame behind the first is broken; training does not read it
         return True

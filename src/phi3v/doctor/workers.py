@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from ..data.processes import process_pool
 from ..errors import CapacityError
 
 MOST_WORKERS = 16
@@ -48,22 +50,21 @@ class Workers(Generic[Bench]):
         self._arguments = arguments
         self._own: Bench | None = None
         self._pool: ProcessPoolExecutor | None = None
+        self._ending = ExitStack()
 
     def __enter__(self) -> Self:
         if self._num_workers == 1:
             self._own = self._make_bench(*self._arguments)
         else:
-            self._pool = ProcessPoolExecutor(
-                self._num_workers, initializer=_start_worker, initargs=(self._make_bench, self._arguments)
-            )
+            pool = process_pool(self._num_workers, _start_worker, (self._make_bench, self._arguments))
+            self._pool = self._ending.enter_context(pool)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the processes; after an interruption each finishes the task in hand, which takes moments."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """Ends the processes."""
+        self._ending.__exit__(kind, error, trace)
 
     def map(self, work: Callable[[Bench, Task], Answer], tasks: Iterable[Task]) -> Iterator[Answer]:
         """Yields ``work(bench, task)`` for every task, in the order of the tasks.

@@ -148,8 +148,8 @@ def _refuse_mismatch(report: MergeReport, output_dir: Path) -> None:
         + (
             "The adapter's effect is lost in the rounding of this number format: merge with --dtype float32."
             if is_close
-            else "Check that --base is the model the adapter was trained on; where the merged number format is 16 bit, its "
-            "rounding may be too coarse for this adapter: merge with --dtype float32."
+            else "Check that --base is the model the adapter was trained on. Rounding to a 16-bit format may be too "
+            "coarse for this adapter: merge with --dtype float32."
         )
     )
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from ...errors import CapacityError, DataError
+from ..processes import process_pool
 from ..schema import parse_sample, sample_error
 from .records import check_counts
 from .video import VIDEO_SUFFIXES, UnusableVideoError, import_av, read_frames
@@ -241,25 +242,23 @@ def _decode_in_processes(
 ) -> Iterator[tuple[Clip, UnusableVideoError | None]]:
     waiting = iter(clips)
     running: dict[Future[UnusableVideoError | None], Clip] = {}
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_begin_worker)
     try:
-        while True:
-            # Two a process: none waits for work, and an interruption has little to wait for.
-            for clip in islice(waiting, 2 * num_workers - len(running)):
-                running[pool.submit(_write_frames_of, clip.path, image_dir / clip.name, num_frames)] = clip
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                error = future.result()
-                yield running.pop(future), error
+        with process_pool(num_workers, _begin_worker, context=get_context("spawn")) as pool:
+            while True:
+                # Two a process: none waits for work, and little is decoded twice after an interruption.
+                for clip in islice(waiting, 2 * num_workers - len(running)):
+                    running[pool.submit(_write_frames_of, clip.path, image_dir / clip.name, num_frames)] = clip
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    error = future.result()
+                    yield running.pop(future), error
     except BrokenProcessPool as error:
         raise DataError(
             "a process that decodes died; out of memory, or a clip that FFmpeg cannot survive, one of: "
             f"{', '.join(clip.where for clip in running.values())}. Try again with fewer num_workers, or take the clip "
             "out; frames that are written are kept."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _num_cores() -> int:

@@ -1,0 +1,38 @@
+"""Processes that work for this one and end with it."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.context import BaseContext
+from typing import Any
+
+
+@contextmanager
+def process_pool(
+    num_workers: int,
+    initializer: Callable[..., object],
+    initargs: tuple[Any, ...] = (),
+    context: BaseContext | None = None,
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes that an error in the block, or Ctrl-C, ends at once.
+
+    Left to itself, a pool that a signal meets in the middle of handing out a task, or while it is closing, can wait for
+    its idle processes for ever.
+
+    Args:
+        num_workers: processes.
+        initializer: called once in each of them; should leave SIGINT to this process.
+        initargs: its arguments.
+        context: how processes are started; default: the platform's way.
+    """
+    others = set(active_children())
+    pool = ProcessPoolExecutor(num_workers, context, initializer, initargs)
+    try:
+        yield pool
+    except BaseException:
+        for worker in set(active_children()) - others:
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
