@@ -51,6 +51,11 @@ def exit_code(program: Callable[[], object]) -> int:
     return 0
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that torchrun started, or was started alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def with_underscores(arguments: Sequence[str]) -> list[str]:
     """Rewrites ``--dashes-in-names`` as the ``--under_scores`` that the parsers know; values stay."""
     rewritten = []

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3v.arguments import Parser, exit_code, positive
+from phi3v.arguments import Parser, exit_code, is_first_process, positive
 from phi3v.config import Metric, Scoring, TrainConfig, load_config
 from phi3v.data.convert import converter
 from phi3v.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
         from phi3v.train.run import run_training
 
         path = run_training(config)
-        if _is_first_process():
+        if is_first_process():
             print(f"run directory: {path}")
 
     return exit_code(run)
@@ -229,10 +229,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _has_gpu() -> bool:

@@ -4,14 +4,13 @@ Heavy imports stand inside the verbs, so that ``--help`` and a mistyped option a
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 from phi3v import __version__
-from phi3v.arguments import Parser, exit_code, positive, with_underscores
+from phi3v.arguments import Parser, exit_code, is_first_process, positive, with_underscores
 from phi3v.cli.data import data
 from phi3v.config import (
     SECTIONS,
@@ -68,7 +67,7 @@ def train(arguments: Sequence[str]) -> None:
     from phi3v.train.run import run_training
 
     run = run_training(config)
-    if os.environ.get("RANK", "0") == "0":  # set by torchrun: the first process speaks for all
+    if is_first_process():
         print(f"run directory: {run}")
 
 

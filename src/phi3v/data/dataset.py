@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from .encode import OVERLONG, SampleEncoder
 from .images import UnusableImageError, check_image, read_image
+from .processes import default_num_workers
 from .schema import Sample, SampleError, parse_sample, sample_error
 
 MAX_LISTED_PROBLEMS = 10
@@ -308,7 +309,7 @@ def check_dataset(
     skipped: Counter[str] = Counter()
     refused: list[SampleError] = []
     left_out: list[int] = []
-    looks = _in_order(look, dataset.num_lines, num_threads or min(16, os.cpu_count() or 1))
+    looks = _in_order(look, dataset.num_lines, num_threads or default_num_workers())
     for position, seen in enumerate(
         tqdm(looks, total=dataset.num_lines, desc="checking data", unit=" samples", disable=not progress)
     ):

@@ -1,11 +1,22 @@
 """Processes that work for this one and end with it."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.context import BaseContext
 from typing import Any
+
+MOST_WORKERS = 16
+"""Processes or threads that read and decode unless more are asked for; a disk rarely feeds more."""
+
+
+def default_num_workers() -> int:
+    """Returns the number of cores that this process may use, ``MOST_WORKERS`` at most."""
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(MOST_WORKERS, num_cores)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
+from ..data.processes import default_num_workers
 from ..errors import ConfigError
 from ..model.checkpoint import load_processor
 from .diagnosis import Diagnosis, Split
@@ -17,7 +18,7 @@ from .lengths import NUM_CROPS, Costs, Lengths, costs_of, lengths_of, spread
 from .page import write_page
 from .reading import LINES_A_TASK, Reader
 from .repeats import Repeats
-from .workers import Workers, default_num_workers
+from .workers import Workers
 
 
 def examine(

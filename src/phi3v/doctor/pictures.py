@@ -35,7 +35,6 @@ class Look(NamedTuple):
         problem: why it cannot be used, in a few words, or empty; then nothing else is known.
         height: px.
         width: px.
-        num_bytes: size of the file.
         format: Pillow's name.
         mode: Pillow's name.
         orientation: EXIF orientation that Pillow's ``convert`` does not apply, 1 (upright) to 8.
@@ -50,7 +49,6 @@ class Look(NamedTuple):
     problem: str
     height: int = 0
     width: int = 0
-    num_bytes: int = 0
     format: str = ""
     mode: str = ""
     orientation: int = 1
@@ -81,7 +79,6 @@ def look_at(path: Path, *, decode: bool, hashes: bool) -> Look:
             problem="",
             height=image.height,
             width=image.width,
-            num_bytes=path.stat().st_size,
             format=image.format or "",
             mode=image.mode,
             orientation=_orientation(image),

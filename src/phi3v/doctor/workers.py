@@ -3,7 +3,6 @@
 A tokenizer holds a core and is not safe to share between threads, so each process has its own.
 """
 
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +15,6 @@ from typing import Generic, Self, TypeVar
 from ..data.processes import process_pool
 from ..errors import CapacityError
 
-MOST_WORKERS = 16
-"""Processes that are started unless more are asked for; reading from disk rarely feeds more."""
-
 TASKS_AHEAD = 4
 """Tasks that wait or lie finished for each process; bounds what a slow first task lets pile up."""
 
@@ -28,11 +24,6 @@ Answer = TypeVar("Answer")
 
 _bench: object = None
 """What this worker process works with; made once, by its initializer."""
-
-
-def default_num_workers() -> int:
-    """Returns the number of cores, ``MOST_WORKERS`` at most."""
-    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 class Workers(Generic[Bench]):

@@ -48,7 +48,7 @@ from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import CheckedData, check_data
 from phi3v.train.evaluation import Scorer
 from phi3v.train.identity import identify
-from phi3v.train.order import epoch_order
+from phi3v.train.order import EpochOrder, epoch_order
 from phi3v.train.rehearsal import rehearse_saving, require_disk_space
 from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
 from phi3v.train.trainer import Phi3VTrainer
@@ -87,6 +87,7 @@ class Room(NamedTuple):
     store: CheckpointStore
     processor: Phi3VProcessor
     data: CheckedData
+    order: EpochOrder
     identity: dict[str, Any]
 
     @property
@@ -121,6 +122,7 @@ def run_training(config: TrainConfig) -> Path:
             refuse_existing_run(config, run, store)
         processor = load_processor(config.model, num_crops=config.num_crops)
         data = check_data(config, processor, store.root / CHECK_FILE, args)
+        order = epoch_order(data.train, config.sampling, config.seed)
         identity = identify(
             config,
             precision=precision.name,
@@ -128,7 +130,7 @@ def run_training(config: TrainConfig) -> Path:
             eval_fingerprint=None if data.eval is None else data.eval.fingerprint(),
             world_size=args.world_size,
         )
-        room = Room(config, args, precision, run, store, processor, data, identity)
+        room = Room(config, args, precision, run, store, processor, data, order, identity)
         start = open_run(room)
         if start.is_finished:
             logger.info("%s is finished: its result is %s.", run.path, run.model_dir)
@@ -315,7 +317,7 @@ def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start)
     """Puts the trainer together, with its optimizer and callbacks."""
     config, args, store = room.config, room.args, room.store
     sampler = WindowSampler(
-        epoch_order(room.data.train, config.sampling, config.seed),
+        room.order,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         rank=args.process_index,

@@ -318,3 +318,11 @@ def test_the_result_has_the_number_format_of_its_base_and_is_scored_so(
     assert result.keys() == kept.keys()
     assert all(torch.equal(result[name], tensor.to(torch.bfloat16)) for name, tensor in kept.items())
     assert json.loads((settings.output_dir / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_data_without_classes_are_refused_before_the_model_is_loaded(tmp_path: Path, tiny_dir: Path) -> None:
+    data = write_training_data(tmp_path / "data")
+    config = make_config(tiny_dir, data, tmp_path / "run", sampling="class_balanced")
+    with pytest.raises(ConfigError, match="no closed set of classes"):
+        run_training(config)
+    assert not (tmp_path / "run" / "config.yaml").exists()

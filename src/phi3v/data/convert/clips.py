@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from ...errors import CapacityError, DataError
-from ..processes import process_pool
+from ..processes import default_num_workers, process_pool
 from ..schema import parse_sample, sample_error
 from .records import check_counts
 from .video import VIDEO_SUFFIXES, UnusableVideoError, import_av, read_frames
@@ -35,7 +34,6 @@ QUESTION = "Classify the video into one of the following classes: {classes}."
 UNREADABLE_FILE = "unreadable.txt"
 """In the output folder, where there are such clips: one a line, path and reason with a tab between them."""
 
-MAX_WORKERS = 16
 CLIPS_PER_WORKER = 32
 """Fewer clips than this are decoded sooner than a further process has started."""
 
@@ -150,11 +148,7 @@ def write_clips(
         parse_sample(json.dumps(record(clip)), clip.where)
     clips = clips if limit is None else _evenly(clips, limit)
     with NativeWriter(output_dir, name, on_bad_sample=on_bad_sample) as writer:
-        if writer.image_dir.is_symlink():
-            raise DataError(
-                f"{writer.image_dir} is a link, which an earlier conversion may have made, and frames are not written "
-                "through it. Take the link away or choose another output_dir."
-            )
+        writer.refuse_link()
         unreadable: dict[Clip, UnusableVideoError] = {}
         try:
             for clip, error in _write_frames(clips, writer.image_dir, num_frames, num_workers, progress):
@@ -221,7 +215,7 @@ def _write_frames(
     """Decodes the clips whose frames are not there yet; yields each, in any order, with what is wrong with it."""
     missing = [clip for clip in clips if not _has_frames(clip.path, image_dir / clip.name, num_frames)]
     if num_workers is None:
-        num_workers = min(_num_cores(), MAX_WORKERS, max(1, len(missing) // CLIPS_PER_WORKER))
+        num_workers = min(default_num_workers(), max(1, len(missing) // CLIPS_PER_WORKER))
     decode = _decode_here if num_workers == 1 else _decode_in_processes
     num_done = len(clips) - len(missing)
     with tqdm(total=len(clips), initial=num_done, desc="decoding", unit=" clips", disable=not progress) as bar:
@@ -259,10 +253,6 @@ def _decode_in_processes(
             f"{', '.join(clip.where for clip in running.values())}. Try again with fewer num_workers, or take the clip "
             "out; frames that are written are kept."
         ) from error
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:

@@ -1,10 +1,9 @@
 """DocVQA: questions about scanned pages, answered with text that stands on them."""
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
@@ -13,9 +12,9 @@ from ...errors import DataError
 from ..schema import SampleError, sample_error
 from . import cauldron
 from .hub import HubDataset, write_hub_image
-from .records import SourceRecord, check_counts, release_files
+from .records import SourceRecord, check_counts, release_files, release_image_folders
 from .source_images import SourceImages
-from .writer import Conversion, NativeWriter
+from .writer import Conversion, NativeWriter, OnBadSample
 
 MINI = "nielsr/docvqa_1200_examples"
 PUBLISHED = "lmms-lab/DocVQA"
@@ -54,7 +53,7 @@ def convert_docvqa(
     suffix: str = "Answer briefly.",
     image_dir: Path | None = None,
     copy_images: bool = False,
-    on_bad_sample: Literal["error", "skip"] = "error",
+    on_bad_sample: OnBadSample = "error",
     limit: int | None = None,
     progress: bool = True,
 ) -> Conversion:
@@ -172,39 +171,22 @@ def _convert_release(
     limit: int | None,
     progress: bool,
 ) -> None:
-    folders = {target: _page_folder(file, image_dir) for target, file in files.items()}
-    root = image_dir or Path(os.path.commonpath([folder.parent for folder in folders.values()]))
+    names = PAGE_FOLDERS if image_dir is None else (*PAGE_FOLDERS, ".")
+    root, folders = release_image_folders(files, dict.fromkeys(files, names), image_dir, "pages")
     images = SourceImages(writer, root, copy_images=copy_images)
     for target, file in files.items():
-        prefix = PurePosixPath(Path(os.path.relpath(folders[target], root)).as_posix())
         records = islice(_release_questions(file), limit)
         for record in tqdm(records, desc=f"converting {file.name}", unit=" questions", disable=not progress):
             try:
                 name = record.get_id("questionId")
                 question, answers = record.get("question", str), record.get_answers("answers")
                 page = record.get("image", str).removeprefix(f"{PAGE_FOLDERS[0]}/")
-                page = images.place(str(prefix / page), record.where)
+                page = images.place(str(folders[target] / page), record.where)
             except SampleError as error:
                 writer.skip(error)
                 continue
             sample = _sample(f"{target}-{name}", page, _with_suffix(question, suffix), answers)
             writer.add(target, sample, where=record.where)
-
-
-def _page_folder(file: Path, image_dir: Path | None) -> Path:
-    """Returns the folder that holds the pages of a release's JSON file."""
-    beside = file.absolute().parent
-    around = [beside, beside.parent] if image_dir is None else [image_dir.absolute()]
-    places = [folder / name for folder in around for name in PAGE_FOLDERS]
-    if image_dir is not None:
-        places.append(image_dir.absolute())
-    for place in places:
-        if place.is_dir():
-            return place
-    raise DataError(
-        f"{file}: the folder of its pages is not there (looked for {', '.join(map(str, places))}). Unpack the "
-        "release's images, or set image_dir to their folder."
-    )
 
 
 def _release_questions(file: Path) -> Iterator[SourceRecord]:

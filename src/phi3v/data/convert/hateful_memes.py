@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import DataError
 from ..schema import SampleError, sample_error
@@ -10,7 +10,7 @@ from . import cauldron
 from .hub import HubDataset
 from .records import SourceRecord, check_counts, release_files, release_records
 from .source_images import SourceImages
-from .writer import Conversion, NativeWriter
+from .writer import Conversion, NativeWriter, OnBadSample
 
 CAULDRON_PART = "hateful_memes"
 
@@ -36,7 +36,7 @@ def convert_hateful_memes(
     num_val_rows: int = 500,
     image_dir: Path | None = None,
     copy_images: bool = False,
-    on_bad_sample: Literal["error", "skip"] = "error",
+    on_bad_sample: OnBadSample = "error",
     limit: int | None = None,
     progress: bool = True,
 ) -> Conversion:

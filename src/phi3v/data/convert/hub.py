@@ -3,7 +3,6 @@
 Rows are streamed: nothing is copied to a cache, and ``limit`` ends the transfer. Only the columns asked for are read.
 """
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from ...errors import ConfigError, DataError
 from ..schema import sample_error
 from .records import SourceRecord
-from .writer import NativeWriter
+from .writer import NativeWriter, name_of_content
 
 _SUFFIXES = {
     "AVIF": ".avif",
@@ -158,7 +157,7 @@ def write_hub_image(writer: NativeWriter, image: Any, where: str) -> str:
             f"Only {', '.join(_SUFFIXES)} are read; leave the row out.",
             "not an image",
         )
-    return writer.write_image(hashlib.sha256(content).hexdigest()[:32] + _SUFFIXES[image_format], content)
+    return writer.write_image(name_of_content(content) + _SUFFIXES[image_format], content)
 
 
 @contextmanager

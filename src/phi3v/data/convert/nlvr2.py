@@ -1,15 +1,13 @@
 """NLVR2: whether a sentence is true of two photographs."""
 
-import os
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from ...errors import DataError
 from ..schema import SampleError, sample_error
 from . import cauldron
-from .records import SourceRecord, check_counts, release_files, release_records
+from .records import SourceRecord, check_counts, release_files, release_image_folders, release_records
 from .source_images import SourceImages
-from .writer import Conversion, NativeWriter
+from .writer import Conversion, NativeWriter, OnBadSample
 
 CAULDRON_PART = "nlvr2"
 
@@ -32,7 +30,7 @@ def convert_nlvr2(
     num_val_rows: int = 500,
     image_dir: Path | None = None,
     copy_images: bool = False,
-    on_bad_sample: Literal["error", "skip"] = "error",
+    on_bad_sample: OnBadSample = "error",
     limit: int | None = None,
     progress: bool = True,
 ) -> Conversion:
@@ -92,32 +90,16 @@ def _convert_release(
     limit: int | None,
     progress: bool,
 ) -> None:
-    folders = {split: _image_folder(file, split, image_dir) for split, file in files.items()}
-    root = image_dir or Path(os.path.commonpath([folder.parent for folder in folders.values()]))
+    root, folders = release_image_folders(files, IMAGE_FOLDERS, image_dir, "images")
     images = SourceImages(writer, root, copy_images=copy_images)
     for split, file in files.items():
-        prefix = PurePosixPath(Path(os.path.relpath(folders[split], root)).as_posix())
         for record in release_records(file, writer, limit=limit, progress=progress):
             try:
-                name, turn = _turn(record, prefix, images)
+                name, turn = _turn(record, folders[split], images)
             except SampleError as error:
                 writer.skip(error)
                 continue
             writer.add(split, _sample(name, turn), where=record.where)
-
-
-def _image_folder(file: Path, split: str, image_dir: Path | None) -> Path:
-    """Returns the folder that holds the images of a release's JSON file."""
-    beside = file.absolute().parent
-    around = [beside, beside.parent] if image_dir is None else [image_dir.absolute()]
-    places = [folder / name for folder in around for name in IMAGE_FOLDERS[split]]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise DataError(
-        f"{file}: the folder of its images is not there (looked for {', '.join(map(str, places))}). Unpack the "
-        "release's images, or set image_dir to the folder that holds them."
-    )
 
 
 def _turn(record: SourceRecord, folder: PurePosixPath, images: SourceImages) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ Source: OpenAI's pages on fine-tuning and vision; Axolotl and TRL write their mu
 
 import base64
 import binascii
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .conversations import (
     wrong_type,
 )
 from .source_images import SourceImages, shown
-from .writer import Conversion, OnBadSample
+from .writer import Conversion, OnBadSample, name_of_content
 
 MAX_DATA_URL_BYTES = 64 << 20
 """Largest image file that a data URL may hold; several times what the API takes, and no danger to memory."""
@@ -207,7 +206,7 @@ def _decode(url: str, place: str, images: SourceImages) -> str:
         raise sample_error(
             place, f"its data URL is broken ({error})", "Encode the file again with base64.", "broken data URL"
         ) from error
-    name = f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
+    name = f"{name_of_content(content)}.{suffix}"
     path = images.write(name, content)
     try:
         check_image(path, decode=True)

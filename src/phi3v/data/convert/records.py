@@ -1,10 +1,11 @@
 """Original releases on disk: their files, and records whose missing and mistyped fields are named with their place."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -134,6 +135,41 @@ def release_files(source: str, names: Mapping[str, Sequence[str]], folders: Sequ
             "holds one of them."
         )
     return found
+
+
+def release_image_folders(
+    files: Mapping[str, Path], names: Mapping[str, Sequence[str]], image_dir: Path | None, what: str
+) -> tuple[Path, dict[str, PurePosixPath]]:
+    """Finds where the images of a release's files lie: in a folder beside the file, or beside the file's folder.
+
+    Args:
+        files: file by split, at least one.
+        names: what a split's folder may be called, the preferred name first.
+        image_dir: look in this folder alone.
+        what: the images, in a message's words.
+
+    Returns:
+        A folder that holds them all, and each split's folder relative to it.
+
+    Raises:
+        DataError: a split has no such folder.
+    """
+    folders: dict[str, Path] = {}
+    for split, file in files.items():
+        beside = file.absolute().parent
+        around = [beside, beside.parent] if image_dir is None else [image_dir.absolute()]
+        places = [folder / name for folder in around for name in names[split]]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise DataError(
+                f"{file}: the folder of its {what} is not there (looked for {', '.join(map(str, places))}). Unpack the "
+                "release's images, or set image_dir to the folder that holds them."
+            )
+        folders[split] = found
+    root = image_dir or Path(os.path.commonpath([folder.parent for folder in folders.values()]))
+    return root, {
+        split: PurePosixPath(Path(os.path.relpath(folder, root)).as_posix()) for split, folder in folders.items()
+    }
 
 
 def release_records(path: Path, writer: NativeWriter, *, limit: int | None, progress: bool) -> Iterator[SourceRecord]:

@@ -1,10 +1,11 @@
 """Where every converter writes: native JSONL files, whole or not at all, and the folder of their images."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -175,13 +176,7 @@ class NativeWriter:
         Raises:
             DataError: the file would lie in a folder that ``OUT/images`` is a link to, or elsewhere outside.
         """
-        target = self._image_file(name)
-        if not (target.is_file() and target.stat().st_size == len(content)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        return name
+        return self._keep(name, len(content), lambda file: file.write_bytes(content))
 
     def use_images(self, folder: Path) -> None:
         """Makes ``OUT/images`` a link to an existing image folder; nothing is copied. A failed conversion unmakes it.
@@ -214,22 +209,36 @@ class NativeWriter:
         Raises:
             DataError: as ``write_image``.
         """
-        target = self._image_file(name)
-        if not (target.is_file() and target.stat().st_size == source.stat().st_size):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-            shutil.copyfile(source, temporary)
-            temporary.replace(target)
-        return name
+        return self._keep(name, source.stat().st_size, lambda file: shutil.copyfile(source, file))
 
-    def _image_file(self, name: str) -> Path:
+    def refuse_link(self) -> None:
+        """Makes sure that ``OUT/images`` is this data set's own folder, before anything is written to it.
+
+        Raises:
+            DataError: it is a link.
+        """
         if self.image_dir.is_symlink():
             raise DataError(
-                f"{self.image_dir} is a link, which an earlier conversion may have made; image files are not written "
+                f"{self.image_dir} is a link, which an earlier conversion may have made, and images are not written "
                 "through it. Take the link away or choose another output_dir."
             )
+
+    def _keep(self, name: str, num_bytes: int, write: Callable[[Path], object]) -> str:
+        """Writes ``OUT/images/name`` whole or not at all, unless a file of its size is there; returns ``name``."""
+        self.refuse_link()
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(
                 f"image {name!r} would be written outside {self.image_dir}. Correct its name in the source."
             )
-        return self.image_dir / name
+        target = self.image_dir / name
+        if not (target.is_file() and target.stat().st_size == num_bytes):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
+            write(temporary)
+            temporary.replace(target)
+        return name
+
+
+def name_of_content(content: bytes) -> str:
+    """Returns a file name without ending for an image that has none of its own; the same image gets the same."""
+    return hashlib.sha256(content).hexdigest()[:32]
