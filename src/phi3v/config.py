@@ -208,17 +208,18 @@ class TrainConfig(RunConfig):
     )
     batch_size: int = setting(
         OPTIMISATION,
-        "Samples an optimizer step, over all devices; gradient accumulation fills it up.",
+        "Samples an optimizer step, over all devices; cut into as many micro-batches as the devices need.",
         default=64,
         at_least=1,
         familiar_names=("global_batch_size",),
     )
-    micro_batch_size: int = setting(
+    shared_questions: int | None = setting(
         OPTIMISATION,
-        "Samples a device computes at once; must divide batch_size, also times the number of devices.",
-        default=1,
+        "Most samples that begin with the same images and are trained side by side, images and common beginning "
+        "computed once: the same loss and gradients for less work. 1: never. None: 8 where that saves at least a tenth "
+        "of the positions, else 1.",
+        default=None,
         at_least=1,
-        familiar_names=("per_device_train_batch_size",),
     )
     num_train_epochs: float = setting(
         OPTIMISATION,
@@ -274,8 +275,43 @@ class TrainConfig(RunConfig):
         at_most=MAX_SEED,
     )
 
-    gradient_checkpointing: bool = setting(
-        HARDWARE, "Recompute activations in the backward pass: less memory, about a third more time.", default=True
+    micro_batch_tokens: int | None = setting(
+        HARDWARE,
+        "Most decoder positions a device computes at once; samples are packed up to it without padding, and a longer "
+        "one stands alone. None: what fits the device's memory (on a CPU 4096).",
+        default=None,
+        at_least=1,
+    )
+    micro_batch_crops: int | None = setting(
+        HARDWARE,
+        "Most crops a device computes at once. None: what fits the device's memory.",
+        default=None,
+        at_least=1,
+    )
+    micro_batch_size: int | None = setting(
+        HARDWARE,
+        "Most samples a device computes at once. None: as many as the other limits allow.",
+        default=None,
+        at_least=1,
+        familiar_names=("per_device_train_batch_size",),
+    )
+    checkpointing: Literal["auto", "off", "selective", "full"] = setting(
+        HARDWARE,
+        "What is computed again in the backward pass to save memory: nothing, norms and activations, or every layer "
+        "(about a third more time). Auto: as little as the device's memory allows.",
+        default="auto",
+        familiar_names=("gradient_checkpointing",),
+    )
+    fp8: bool = setting(
+        HARDWARE,
+        "Multiply the decoder's linear layers in float8: faster on GPUs that have it, and no longer exact.",
+        default=False,
+    )
+    vision_cache: Path | None = setting(
+        HARDWARE,
+        "Folder in which the features of a frozen vision encoder are kept, so that an image is computed once and not "
+        "in every epoch. None: they are not kept.",
+        default=None,
     )
     num_workers: int = setting(
         HARDWARE, "Processes a device that prepare samples. 0: the training process does.", default=2, at_least=0
@@ -336,10 +372,10 @@ class TrainConfig(RunConfig):
         needs=("eval_data",),
         familiar_names=("labels",),
     )
-    eval_batch_size: int = setting(
+    eval_batch_size: int | None = setting(
         EVALUATION,
-        "Questions answered at once.",
-        default=8,
+        "Most questions answered at once. None: as many as the memory holds.",
+        default=None,
         at_least=1,
         needs=("eval_data",),
         familiar_names=("per_device_eval_batch_size",),
@@ -369,11 +405,6 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size % self.micro_batch_size:
-            raise ConfigError(
-                f"batch_size is {self.batch_size}, which micro_batch_size {self.micro_batch_size} does not divide; "
-                f"set batch_size to a multiple of {self.micro_batch_size}"
-            )
         _check_labels("eval_labels", self.eval_labels)
         for part in self.lora_parts or []:
             if part in self.frozen_parts:
@@ -417,7 +448,9 @@ class EvalConfig(RunConfig):
     )
     scoring: Scoring = setting(EVALUATION, _SCORING_DOC, default="generate", familiar_names=("eval_scoring",))
     labels: list[str] = setting(EVALUATION, _LABELS_DOC, default=[], familiar_names=("eval_labels",))
-    batch_size: int = setting(EVALUATION, "Questions answered at once.", default=8, at_least=1)
+    batch_size: int | None = setting(
+        EVALUATION, "Most questions answered at once. None: as many as the memory holds.", default=None, at_least=1
+    )
     max_new_tokens: int = setting(EVALUATION, "Longest generated answer, tokens.", default=64, at_least=1)
     seed: int = setting(
         EVALUATION, "Seed of the confidence interval's resampling.", default=0, at_least=0, at_most=MAX_SEED

@@ -101,8 +101,13 @@ def build_tokenizer(folder: Path) -> dict[str, int]:
     return vocabulary
 
 
-def build_model(folder: Path) -> None:
-    """Writes a small random model of the published architecture: 32-px crops, 4 image tokens each."""
+def build_model(folder: Path, **sizes: Any) -> None:
+    """Writes a small random model of the published architecture: 32-px crops, 4 image tokens each.
+
+    Args:
+        folder: where to.
+        sizes: fields of ``Phi3VConfig`` that take other values.
+    """
     parts = folder.with_name(f".{folder.name}.parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
@@ -127,7 +132,7 @@ def build_model(folder: Path) -> None:
             "patch_size": 8,
         },
     )
-    config = Phi3VConfig(**settings)
+    config = Phi3VConfig(**settings | sizes)
     (parts / "config.json").write_text(config.to_json_string(), "utf-8")
     (parts / "preprocessor_config.json").write_text(json.dumps({"num_crops": 1}), "utf-8")
     torch.manual_seed(SEED)
@@ -195,7 +200,6 @@ precision: fp32
 learning_rate: 1.5e-3
 num_train_epochs: 4
 batch_size: 32
-micro_batch_size: 32
 save_steps: 100
 eval_batch_size: 120
 eval_max_new_tokens: 8
@@ -217,7 +221,6 @@ precision: fp32
 learning_rate: 3e-3
 num_train_epochs: 3
 batch_size: 32
-micro_batch_size: 32
 warmup_steps: 10
 save_steps: 100
 eval_batch_size: 120

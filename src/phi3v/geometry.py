@@ -97,3 +97,145 @@ def num_image_tokens(grid: tuple[int, int], tokens_per_side: int = TOKENS_PER_SI
     """
     rows, columns = grid
     return (rows * columns + 1) * tokens_per_side**2 + 1 + (rows + 1) * tokens_per_side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDims:
+    """Sizes of a model, from which its parameters, memory and arithmetic follow.
+
+    Attributes:
+        hidden: width of a decoder position.
+        layers: decoder layers.
+        mlp: width inside the decoder's MLP, gate and up projection each.
+        heads: query heads of the decoder.
+        kv_heads: key and value heads of the decoder.
+        vocab: rows of the embedding and of the head.
+        has_tied_head: whether head and embedding are one matrix.
+        clip_width: width of a CLIP position.
+        clip_layers: layers of the CLIP tower as stored; the last one is not computed.
+        clip_mlp: width inside CLIP's MLP.
+        clip_heads: attention heads of CLIP.
+        crop_px: crop edge, pixels.
+        patch_px: patch edge, pixels.
+    """
+
+    hidden: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    has_tied_head: bool = False
+    clip_width: int
+    clip_layers: int
+    clip_mlp: int
+    clip_heads: int
+    crop_px: int
+    patch_px: int
+
+    @classmethod
+    def published(cls) -> "ModelDims":
+        """Returns the sizes of Phi-3-vision and Phi-3.5-vision.
+
+        Source: published config.json and openai/clip-vit-large-patch14-336.
+        """
+        return cls(
+            hidden=3072,
+            layers=32,
+            mlp=8192,
+            heads=32,
+            kv_heads=32,
+            vocab=32064,
+            clip_width=1024,
+            clip_layers=24,
+            clip_mlp=4096,
+            clip_heads=16,
+            crop_px=CROP_PX,
+            patch_px=CROP_PX // (2 * TOKENS_PER_SIDE),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a decoder head."""
+        return self.hidden // self.heads
+
+    @property
+    def qkv(self) -> int:
+        """Width of the decoder's fused query, key and value projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def clip_layers_computed(self) -> int:
+        """CLIP layers that contribute: all but the last."""
+        return self.clip_layers - 1
+
+    @property
+    def patches(self) -> int:
+        """Patches of a crop."""
+        return (self.crop_px // self.patch_px) ** 2
+
+    @property
+    def clip_positions(self) -> int:
+        """Positions of a crop in CLIP: its patches and the class token."""
+        return self.patches + 1
+
+    @property
+    def merged_width(self) -> int:
+        """Width of a row that enters the projector: two by two patches side by side."""
+        return 4 * self.clip_width
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Image tokens along a crop's edge."""
+        return self.crop_px // self.patch_px // 2
+
+    @property
+    def crop_tokens(self) -> int:
+        """Image tokens of a crop, separators not counted."""
+        return self.tokens_per_side**2
+
+    @property
+    def decoder_layer_matrices(self) -> int:
+        """Weights of the four matrices of a decoder layer: those that QLoRA holds in 4 bit.
+
+        >>> ModelDims.published().decoder_layer_matrices
+        113246208
+        """
+        return self.hidden * self.qkv + self.heads * self.head_dim * self.hidden + 3 * self.hidden * self.mlp
+
+    @property
+    def num_decoder_parameters(self) -> int:
+        """Parameters of the decoder's layers and its last norm."""
+        return self.layers * (self.decoder_layer_matrices + 2 * self.hidden) + self.hidden
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Parameters of the token embedding; as many as the head's."""
+        return self.vocab * self.hidden
+
+    @property
+    def clip_layer_parameters(self) -> int:
+        """Parameters of a CLIP layer: attention, MLP with biases, two layer norms."""
+        width, mlp = self.clip_width, self.clip_mlp
+        return 4 * width * (width + 1) + 2 * width * mlp + mlp + width + 4 * width
+
+    @property
+    def num_vision_parameters(self) -> int:
+        """Parameters of CLIP as stored: embeddings, every layer, the norms before and behind them."""
+        embeddings = self.clip_width * (1 + self.clip_positions + 3 * self.patch_px**2)
+        return embeddings + self.clip_layers * self.clip_layer_parameters + 4 * self.clip_width
+
+    @property
+    def num_projector_parameters(self) -> int:
+        """Parameters of the projector and of the two separators."""
+        return (self.merged_width + 1) * self.hidden + (self.hidden + 1) * self.hidden + 2 * self.merged_width
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model.
+
+        >>> ModelDims.published().num_parameters
+        4146621440
+        """
+        embeddings = self.num_embedding_parameters * (1 if self.has_tied_head else 2)
+        return self.num_decoder_parameters + embeddings + self.num_vision_parameters + self.num_projector_parameters

@@ -102,7 +102,7 @@ def read_flags(recipe: Recipe, arguments: Sequence[str]) -> tuple[argparse.Names
     flag("--use_qlora", action="store_true", help="train adapters on a model held in 4 bit")
     flag("--output_dir", type=Path, default=Path("output"), metavar="PATH", help="folder of the run (%(default)s)")
     flag("--batch_size", type=positive, default=16, metavar="N", help="samples an optimizer step (%(default)s)")
-    flag("--batch_size_per_gpu", type=positive, default=1, metavar="N", help="samples computed at once (%(default)s)")
+    flag("--batch_size_per_gpu", type=positive, metavar="N", help="most samples computed at once (as many as fit)")
     flag("--num_crops", type=positive, default=recipe.num_crops, metavar="N", help="most crops an image (%(default)s)")
     flag(
         "--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the training data (%(default)s)"
@@ -150,7 +150,7 @@ def configuration(
         "num_crops": flags.num_crops,
         "precision": "bf16" if is_bf16 else "fp16" if has_gpu else "fp32",
         "batch_size": flags.batch_size,
-        "micro_batch_size": flags.batch_size_per_gpu,
+        "micro_batch_size": flags.batch_size_per_gpu or "none",
         "num_train_epochs": flags.num_train_epochs,
         "learning_rate": flags.learning_rate,
         "weight_decay": flags.wd,

@@ -140,11 +140,11 @@ def test_train_reads_file_and_options(tmp_path: Path, replace_module: Any, capsy
     calls, run_training = recorder(Path("runs/a"))
     replace_module("phi3v.train.run", run_training=run_training)
     (tmp_path / "recipe.yaml").write_text("model: m\noutput_dir: runs/a\ntrain_data: t.jsonl\nlearning_rate: 1e-4\n")
-    assert main(["train", str(tmp_path / "recipe.yaml"), "--batch-size", "8", "--no-gradient-checkpointing"]) == 0
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--batch-size", "8", "--checkpointing=off"]) == 0
     assert main(["train", "--model=m", "--output_dir=runs/a", "--train_data=t.jsonl"]) == 0
     needed = {"model": "m", "output_dir": Path("runs/a"), "train_data": [Path("t.jsonl")]}
     assert calls == [
-        ((TrainConfig(**needed, learning_rate=1e-4, batch_size=8, gradient_checkpointing=False),), {}),
+        ((TrainConfig(**needed, learning_rate=1e-4, batch_size=8, checkpointing="off"),), {}),
         ((TrainConfig(**needed),), {}),
     ]
     assert capsys.readouterr().out == "run directory: runs/a\n" * 2

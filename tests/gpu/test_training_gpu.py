@@ -48,7 +48,8 @@ def test_training(
     base = request.getfixturevalue("wide_dir" if method == "qlora" else "tiny_dir")
     settings: dict[str, Any] = {
         "method": method,
-        "gradient_checkpointing": True,
+        "checkpointing": "full",
+        "shared_questions": None,
         "eval_data": [data / "eval.jsonl"],
         "num_train_epochs": 6,
         "eval_steps": 9,
@@ -69,15 +70,15 @@ def test_training(
     assert (whole / "checkpoints" / f"checkpoint-{LAST_STEP}" / "scaler.pt").exists() == (precision == "fp16")
 
     calls = iter(range(100))
-    training_step = Phi3VTrainer.training_step
+    micro_step = Phi3VTrainer.micro_step
 
     def stop_in_step_four(*args: Any, **kwargs: Any) -> torch.Tensor:
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return training_step(*args, **kwargs)
+        return micro_step(*args, **kwargs)
 
     stopped = make_config(base, data, tmp_path / "stopped", **on_gpu)
-    monkeypatch.setattr(Phi3VTrainer, "training_step", stop_in_step_four)
+    monkeypatch.setattr(Phi3VTrainer, "micro_step", stop_in_step_four)
     with pytest.raises(KeyboardInterrupt):
         run_training(stopped)
     monkeypatch.undo()

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
-from phi3v.train.batches import WindowSampler
 from phi3v.train.order import Shuffled
 from phi3v.train.run import run_training
-from training import final_weights, largest_difference, make_config, write_training_data
+from training import alone, final_weights, largest_difference, make_config, write_training_data
 
 WEIGHTINGS = ("sample_mean", "token_mean")
 SPLITS = (8, 1, 2)
@@ -57,14 +55,12 @@ def test_loss_is_the_plain_mean(runs: Any, tiny_model: Phi3VForCausalLM, process
     """The first step's loss against the model's own loss, sample by sample."""
     weighting, (path, *_) = runs
     dataset = ConversationDataset(data / "train.jsonl")
-    collate = Collator(processor.tokenizer.pad_token_id)
     means, counts = [], []
     for index in range(len(dataset)):
-        batch = collate([SampleEncoder(processor).encode(dataset[index], dataset.load_images(dataset[index]))])
-        counts.append(int((batch["labels"] != -100).sum()))
-        del batch["loss_weights"]
-        means.append(tiny_model(**batch).loss.item())
-    first = WindowSampler(Shuffled(len(dataset), seed=0), batch_size=8, micro_batch_size=1).window(0)
+        encoded = SampleEncoder(processor).encode(dataset[index], dataset.load_images(dataset[index]))
+        counts.append(int((encoded["labels"] != -100).sum()))
+        means.append(tiny_model(**alone(encoded)).loss.item())
+    first = Shuffled(len(dataset), seed=0).of(0)[:8].tolist()
     if weighting == "sample_mean":
         expected = sum(means[index] for index in first) / 8
     else:
@@ -83,6 +79,7 @@ def test_two_processes_equal_one(
     lines = map(json.loads, (data / "eval.jsonl").read_text().splitlines())
     settings = {
         **SETTINGS,
+        "batch_size": 10,
         "method": method,
         "eval_data": [data / "eval.jsonl"],
         "eval_max_new_tokens": 2,
@@ -92,8 +89,8 @@ def test_two_processes_equal_one(
     }
     one = make_config(wide_dir, data, tmp_path / "one", micro_batch_size=2, **settings)
     run_training(one)
-    # The epoch's last window has 3 samples: the first process takes them all, the second has a filler.
-    two = make_config(wide_dir, data, tmp_path / "two", micro_batch_size=4, **{**settings, "save_steps": 1})
+    # The epoch's last window is one sample: the first process takes it, the second has a filler.
+    two = make_config(wide_dir, data, tmp_path / "two", micro_batch_size=None, **{**settings, "save_steps": 1})
     (tmp_path / "two.yaml").write_text(two.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
     subprocess.run(

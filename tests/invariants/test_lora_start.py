@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.model.checkpoint import load_four_bit_model, load_model, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.run import build_model
 from phi3v.train.tuning import choose_precision
-from training import make_config, write_training_data
+from training import alone, make_config, write_training_data
 
 
 @torch.no_grad()
@@ -24,10 +23,7 @@ def test_adapter_at_its_start_equals_the_base(
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     dataset = ConversationDataset(write_training_data(tmp_path / "data") / "train.jsonl")
-    encode = SampleEncoder(processor).encode
-    samples = [encode(dataset[index], dataset.load_images(dataset[index])) for index in range(4)]
-    batch = Collator(processor.tokenizer.pad_token_id)(samples)
-    del batch["loss_weights"]
+    batch = alone(SampleEncoder(processor).encode(dataset[2], dataset.load_images(dataset[2])))
     base = load_model(wide_dir)(**batch)
     config = make_config(wide_dir, tmp_path / "data", tmp_path / "run", method=method, lora_rank=4)
     adapted = build_model(config, choose_precision(config, "cpu"), torch.device("cpu")).eval()

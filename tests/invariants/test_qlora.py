@@ -11,7 +11,6 @@ from peft import PeftModel
 
 import phi3v.train.run as run
 from phi3v.config import EvalConfig
-from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError
@@ -20,7 +19,7 @@ from phi3v.eval.run import run_evaluation
 from phi3v.model.checkpoint import load_four_bit_model, load_model, load_processor
 from phi3v.runlog import RunDirectory
 from phi3v.train.run import run_training
-from training import final_weights, logged, make_config, write_training_data
+from training import alone, final_weights, logged, make_config, write_training_data
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -48,13 +47,9 @@ def scored(wide_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def batch(wide_dir: Path, data: Path) -> dict[str, torch.Tensor]:
-    """Four samples, two of them with images."""
+    """A sample with two images."""
     dataset, processor = ConversationDataset(data / "train.jsonl"), load_processor(wide_dir)
-    encode = SampleEncoder(processor).encode
-    samples = [encode(dataset[index], dataset.load_images(dataset[index])) for index in range(4)]
-    batch = Collator(processor.tokenizer.pad_token_id)(samples)
-    del batch["loss_weights"]
-    return batch
+    return alone(SampleEncoder(processor).encode(dataset[2], dataset.load_images(dataset[2])))
 
 
 def weights_in_4_bit(model: torch.nn.Module) -> dict[str, torch.Tensor]:

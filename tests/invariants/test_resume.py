@@ -19,7 +19,15 @@ import phi3v.train.run as run
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.trainer import Phi3VTrainer
-from training import die, final_weights, logged, make_config, train_in_child, write_training_data
+from training import (
+    die,
+    final_weights,
+    logged,
+    make_config,
+    train_in_child,
+    write_shared_data,
+    write_training_data,
+)
 
 FULL = {"eval_steps": 3, "eval_max_new_tokens": 2}
 LORA = {"lora_rank": 2, "lora_dropout": 0.3, "save_steps": 1, "logging_steps": 5, "max_steps": 5}
@@ -70,13 +78,13 @@ def write_half_and_die(function: Callable[..., Any]) -> Callable[..., Any]:
 
 FULL_DEATHS = {
     "taking the score before training": patch(evaluation, "evaluate_model", die_at_call(1)),
-    "in step 2, before any checkpoint": patch(Phi3VTrainer, "training_step", die_at_call(3)),
+    "in step 2, before any checkpoint": patch(Phi3VTrainer, "micro_step", die_at_call(3)),
     "in the middle of optimizer.pt": patch(torch, "save", write_half_and_die),
     "before the manifest": patch(checkpoints, "_write_manifest", die_at_call(1)),
     "after the manifest, before the rename": patch(checkpoints, "_sync_folder", die_at_call(1)),
-    "in step 3, between two micro-batches": patch(Phi3VTrainer, "training_step", die_at_call(6)),
+    "in step 3, between two micro-batches": patch(Phi3VTrainer, "micro_step", die_at_call(6)),
     "deleting an old checkpoint": patch(checkpoints.CheckpointStore, "_discard", die_at_call(1)),
-    "in step 6, beyond the checkpoint of step 4": patch(Phi3VTrainer, "training_step", die_at_call(5)),
+    "in step 6, beyond the checkpoint of step 4": patch(Phi3VTrainer, "micro_step", die_at_call(5)),
     "in the middle of the result": patch(run, "save_result", die_inside(Phi3VProcessor, "save_pretrained")),
     "after the result": patch(run, "write_report", die_at_call(1)),
 }
@@ -101,9 +109,22 @@ def test_adapters_with_dropout_killed_within_epochs(method: str, wide_dir: Path,
     whole = make_config(wide_dir, data, tmp_path / "whole", method=method, **LORA)
     assert train_in_child(whole) == 0
     killed = make_config(wide_dir, data, tmp_path / "killed", method=method, **LORA)
-    deaths = [patch(Phi3VTrainer, "training_step", die_at_call(call)) for call in (4, 8)]
+    deaths = [patch(Phi3VTrainer, "micro_step", die_at_call(call)) for call in (4, 8)]
     for death in (*deaths, patch(run, "save_result", die_at_call(1))):
         assert train_in_child(killed, death) == -signal.SIGKILL
+    assert train_in_child(killed) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_shared_run_killed_within_epochs(tiny_dir: Path, tmp_path: Path) -> None:
+    """Windows of 5, 5 and 3 samples in one to three micro-batches, which workers read ahead over the epochs' ends."""
+    data = write_shared_data(tmp_path / "data")
+    settings = {"batch_size": 5, "shared_questions": 4, "micro_batch_size": None, "micro_batch_tokens": 150}
+    whole = make_config(tiny_dir, data, tmp_path / "whole", save_steps=1, **settings)
+    assert train_in_child(whole) == 0
+    killed = make_config(tiny_dir, data, tmp_path / "killed", save_steps=1, num_workers=2, **settings)
+    for call in (2, 4, 3):
+        assert train_in_child(killed, patch(Phi3VTrainer, "micro_step", die_at_call(call))) == -signal.SIGKILL
     assert train_in_child(killed) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 

@@ -59,7 +59,8 @@ def test_numbers_in_yaml_are_read_however_they_are_spelled(tmp_path: Path, text:
         ("save_steps: none", "save_steps", None),
         ("save_steps: null", "save_steps", None),
         ("save_steps:", "save_steps", None),
-        ("gradient_checkpointing: off", "gradient_checkpointing", False),
+        ("progress: off", "progress", False),
+        ("checkpointing: off", "checkpointing", "off"),
         ("part_learning_rates: {vision: 1e-5}", "part_learning_rates", {"vision": 1e-5}),
         ("image_dir: 'none'", "image_dir", Path("none")),
     ],
@@ -78,10 +79,10 @@ def test_yaml_text_takes_the_type_of_its_field(tmp_path: Path, text: str, name: 
         (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
         (["--learning-rate=1e-4"], "learning_rate", 1e-4),
         (["--max_steps", "none"], "max_steps", None),
-        (["--no-gradient_checkpointing"], "gradient_checkpointing", False),
-        (["--no-gradient-checkpointing"], "gradient_checkpointing", False),
-        (["--gradient_checkpointing", "--seed", "3"], "gradient_checkpointing", True),
-        (["--gradient_checkpointing", "false"], "gradient_checkpointing", False),
+        (["--no-progress"], "progress", False),
+        (["--eval_data", "e", "--no-eval-before"], "eval_before", False),
+        (["--fp8", "--seed", "3"], "fp8", True),
+        (["--progress", "false"], "progress", False),
         (["--seed", "1", "--seed", "2"], "seed", 2),
         (["--freeze", "vision,projector"], "freeze", ["vision", "projector"]),
         (["--freeze", "vision", "projector", "--seed=1"], "freeze", ["vision", "projector"]),
@@ -135,7 +136,7 @@ def test_paths_stay_relative_and_a_tilde_is_the_home_directory(tmp_path: Path, m
         ("learning_rate: 0", "learning_rate is '0'; allowed: a number, above 0"),
         ("adam_beta2: 1", "adam_beta2 is '1'; allowed: a number, at least 0 and below 1"),
         ("seed: 4294967296", "seed is '4294967296'; allowed: a whole number, at least 0 and at most 4294967295"),
-        ("gradient_checkpointing: 1", "gradient_checkpointing is '1'; allowed: true or false"),
+        ("progress: 1", "progress is '1'; allowed: true or false"),
         ("method: lorra", "method is 'lorra'; allowed: full, frozen_vision, lora or qlora - did you mean 'lora'?"),
         (
             "freeze: [visoin]",
@@ -175,7 +176,7 @@ def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path, text: str,
         (["--seed"], "--seed is given without a value; allowed: a whole number"),
         (["--seed", "--batch_size", "64"], "--seed is given without a value"),
         (["--seed", "1", "2"], "unexpected '2' on the command line"),
-        (["--gradient_checkpointing", "recipe.yaml"], "unexpected 'recipe.yaml' on the command line"),
+        (["--fp8", "recipe.yaml"], "unexpected 'recipe.yaml' on the command line"),
         (["-s", "1"], "unexpected '-s' on the command line"),
         (["--learning_rate", "-1e-4"], "command line: learning_rate is '-1e-4'; allowed: a number, above 0"),
         (["--freeze", "vision,"], "freeze holds ''; allowed"),
@@ -217,7 +218,6 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 10, "micro_batch_size": 4}, "batch_size is 10, which micro_batch_size 4 does not divide"),
         (
             {"method": "frozen_vision", "freeze": ["decoder", "embeddings", "head"]},
             "nothing is left to train",
@@ -277,7 +277,7 @@ def test_a_file_s_setting_falls_away_when_the_command_line_switches_off_what_it_
 def test_python_values_are_read_as_text_is() -> None:
     config = constructed(output_dir="runs/a", train_data="train.jsonl", num_train_epochs=2)
     assert config == constructed(output_dir=Path("runs/a"), train_data=[Path("train.jsonl")], num_train_epochs=2.0)
-    for wrong in ({"seed": 1.0}, {"seed": True}, {"model": 3}, {"gradient_checkpointing": 1}, {"max_steps": 10**400}):
+    for wrong in ({"seed": 1.0}, {"seed": True}, {"model": 3}, {"fp8": 1}, {"max_steps": 10**400}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             constructed(**wrong)
     with pytest.raises(ConfigError, match="batch_size"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from phi3v import __version__
 from phi3v.arguments import Parser, exit_code, is_first_process, positive, with_underscores
+from phi3v.cli.bench import bench
 from phi3v.cli.data import data
 from phi3v.config import (
     SECTIONS,
@@ -194,6 +195,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": merge,
     "report": report,
     "data": data,
+    "bench": bench,
     "demo": demo,
 }
 

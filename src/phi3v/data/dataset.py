@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from .encode import OVERLONG, SampleEncoder
 from .images import UnusableImageError, check_image, read_image
+from .packing import CostRecorder
 from .processes import default_num_workers
 from .schema import Sample, SampleError, parse_sample, sample_error
 
@@ -191,7 +192,23 @@ class ConversationDataset(Dataset[Sample]):
             SampleError: an image is missing, damaged, too large or outside the image folder.
         """
         turns = sample.turns if upto_turn is None else sample.turns[: upto_turn + 1]
-        return [self._open(sample, name, read_image) for turn in turns for name in turn.images]
+        return [self.load_image(sample, name) for turn in turns for name in turn.images]
+
+    def load_image(self, sample: Sample, name: str) -> Image.Image:
+        """Decodes one image of a sample as ``read_image`` does.
+
+        Raises:
+            SampleError: as ``load_images``.
+        """
+        return self._open(sample, name, read_image)
+
+    def image_size(self, sample: Sample, name: str) -> tuple[int, int]:
+        """Returns the (h, w) px of one image of a sample from its header.
+
+        Raises:
+            SampleError: as ``load_images``.
+        """
+        return self._open(sample, name, lambda path: check_image(path, decode=False))
 
     def image_sizes(
         self, sample: Sample, check: Callable[[Path], tuple[int, int]] = lambda path: check_image(path, decode=False)
@@ -275,6 +292,7 @@ def check_dataset(
     decode_images: bool = True,
     num_threads: int | None = None,
     progress: bool = True,
+    recorder: CostRecorder | None = None,
 ) -> DataSummary:
     """Checks every sample before training: its line, images, tags and length.
 
@@ -289,6 +307,7 @@ def check_dataset(
             damage inside a file).
         num_threads: threads that read images; default one a core, 16 at most.
         progress: show a bar.
+        recorder: gets the costs of every sample that stays, in order.
 
     Raises:
         DataError: a sample is bad or over-long and is not to be left out; the first is named with its place and
@@ -298,10 +317,16 @@ def check_dataset(
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}, must be error or skip")
     sized = lru_cache(maxsize=REMEMBERED_IMAGES)(lambda path: check_image(path, decode_images))
 
-    def look(position: int) -> tuple[Sample, list[tuple[int, int]]] | SampleError:
+    def look(position: int) -> tuple[Sample, list[Path], list[tuple[int, int]]] | SampleError:
+        paths: list[Path] = []
+
+        def note(path: Path) -> tuple[int, int]:
+            paths.append(path)
+            return sized(path)
+
         try:
             sample = dataset.read_line(position)
-            return sample, dataset.image_sizes(sample, sized)
+            return sample, paths, dataset.image_sizes(sample, note)
         except SampleError as error:
             return error
 
@@ -316,7 +341,7 @@ def check_dataset(
         try:
             if isinstance(seen, SampleError):
                 raise seen
-            sample, sizes = seen
+            sample, paths, sizes = seen
             lengths = encoder.measure(sample, sizes)  # tokenizers are not safe to share between threads
         except SampleError as error:
             if on_bad_sample == "error" or error.reason == OVERLONG:
@@ -333,6 +358,8 @@ def check_dataset(
             summary.dropped += 1
             left_out.append(position)
             continue
+        if recorder is not None:
+            recorder.add(lengths, paths)
         summary.samples += 1
         summary.turns += len(sample.turns)
         summary.images += len(sizes)

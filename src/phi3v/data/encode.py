@@ -1,14 +1,18 @@
 """A ``Sample`` and its images to token ids, labels and pixels, exactly as the published training tokenizes them."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple, Required, TypedDict
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..model.processing_phi3_v import Phi3VProcessor
+from .packing import Lengths, Stem
 from .schema import IMAGE_TAG, Sample, SampleError, Segment, render, sample_error
 
 IGNORED_LABEL = -100
@@ -36,20 +40,22 @@ class Encoded(TypedDict, total=False):
     image_sizes: torch.Tensor
 
 
-class Lengths(NamedTuple):
-    """What a sample costs, known without its pixels.
+class EncodedText(NamedTuple):
+    """A training sample without its pixels.
 
     Attributes:
-        tokens: decoder positions, image tokens included, after a cut where there is one.
-        supervised: positions that the loss counts.
-        crops: crops that CLIP computes, global views included.
-        is_overlong: whether the sample exceeds ``max_length`` as the file has it.
+        input_ids: (L,) int64.
+        labels: (L,) int64, as in ``Encoded``.
+        grids: (rows, columns) of tiles of every image, images in text order.
+        order: zero-based place in ``Sample.images`` of every image, in text order.
+        stem: how it begins.
     """
 
-    tokens: int
-    supervised: int
-    crops: int
-    is_overlong: bool
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    grids: tuple[tuple[int, int], ...]
+    order: tuple[int, ...]
+    stem: Stem
 
 
 class SampleEncoder:
@@ -94,15 +100,49 @@ class SampleEncoder:
             SampleError: over-long and not to be cut, tags that do not fit the images, an image too elongated to
                 resize, or text that holds special tokens.
         """
-        plan = self._plan(sample, [(image.height, image.width) for image in images])
-        ids, labels, is_overlong = self._tokenize_within_limit(sample, plan)
-        if is_overlong and self.on_overlong != "cut":
-            raise self._overlong_error(sample, plan, len(ids))
-        encoded = Encoded(
-            input_ids=torch.tensor(ids, dtype=torch.int64), labels=torch.tensor(labels, dtype=torch.int64)
-        )
-        self._add_pixels(encoded, sample, plan, images)
+        text = self.encode_text(sample, [(image.height, image.width) for image in images])
+        encoded = Encoded(input_ids=text.input_ids, labels=text.labels)
+        self._add_pixels(encoded, sample, text.order, images)
         return encoded
+
+    def encode_text(self, sample: Sample, image_sizes: Sequence[tuple[int, int]]) -> EncodedText:
+        """Encodes a training sample from its images' sizes; the ids and labels are those of ``encode``.
+
+        Args:
+            sample: the conversation.
+            image_sizes: (h, w) px, one a path of ``sample.images``, in that order.
+
+        Raises:
+            SampleError: as ``encode``.
+        """
+        plan = self._plan(sample, image_sizes)
+        tokens = self._tokenize_within_limit(sample, plan)
+        if tokens.is_overlong and self.on_overlong != "cut":
+            raise self._overlong_error(sample, plan, len(tokens.ids))
+        return EncodedText(
+            torch.tensor(tokens.ids, dtype=torch.int64),
+            torch.tensor(tokens.labels, dtype=torch.int64),
+            tuple(plan.grids[index] for index in plan.order),
+            tuple(plan.order),
+            self._stem(sample, plan, tokens),
+        )
+
+    def cut(self, sample: Sample, image: Image.Image) -> torch.Tensor:
+        """Cuts one image of a sample into its crops: (crops, 3, crop_px, crop_px) float32, global view first."""
+        features = self.processor.image_processor.preprocess([image], num_crops=sample.num_crops, return_tensors="pt")
+        return features["pixel_values"][0]
+
+    def num_crops(self, sample: Sample) -> int:
+        """Returns the most tiles that an image of a sample is cut into."""
+        return self.processor.num_crops if sample.num_crops is None else sample.num_crops
+
+    def num_image_tokens(self, sample: Sample, image_size: tuple[int, int]) -> int:
+        """Counts the decoder positions of a sample's image of (h, w) px."""
+        return self.processor.image_processor.image_token_count(*image_size, num_crops=sample.num_crops)
+
+    def image_key(self, sample: Sample, path: Path) -> str:
+        """Names an image as a sample shows it: the same name, the same pixels and the same crops."""
+        return f"{path}?num_crops={self.num_crops(sample)}"
 
     def encode_prompt(self, sample: Sample, images: Sequence[Image.Image], turn: int) -> Encoded:
         """Encodes the prompt of one turn for generation; earlier turns stand with their gold answers.
@@ -121,7 +161,7 @@ class SampleEncoder:
         plan = self._plan(sample, [(image.height, image.width) for image in images], turn)
         ids, _ = self._tokenize(plan.segments, plan.token_counts)
         encoded = Encoded(input_ids=torch.tensor(ids, dtype=torch.int64))
-        self._add_pixels(encoded, sample, plan, images)
+        self._add_pixels(encoded, sample, plan.order, images)
         return encoded
 
     def measure(self, sample: Sample, image_header_sizes: Sequence[tuple[int, int]]) -> Lengths:
@@ -135,10 +175,34 @@ class SampleEncoder:
             SampleError: as ``encode``, except that ``on_overlong="drop"`` reports an over-long sample's full length.
         """
         plan = self._plan(sample, image_header_sizes)
-        ids, labels, is_overlong = self._tokenize_within_limit(sample, plan)
-        if is_overlong and self.on_overlong == "error":
-            raise self._overlong_error(sample, plan, len(ids))
-        return Lengths(len(ids), sum(label != IGNORED_LABEL for label in labels), plan.crops, is_overlong)
+        tokens = self._tokenize_within_limit(sample, plan)
+        if tokens.is_overlong and self.on_overlong == "error":
+            raise self._overlong_error(sample, plan, len(tokens.ids))
+        return Lengths(
+            len(tokens.ids),
+            sum(label != IGNORED_LABEL for label in tokens.labels),
+            sum(rows * columns + 1 for rows, columns in plan.grids),
+            tokens.is_overlong,
+            self._stem(sample, plan, tokens),
+        )
+
+    def _stem(self, sample: Sample, plan: "_Plan", tokens: "_Tokens") -> Stem:
+        """Finds the stem of a sample that was tokenized."""
+        pieces = IMAGE_TAG.split(tokens.opening)
+        if len(pieces) == 1:
+            return Stem()
+        between = pieces[2:-1:2]
+        leading = plan.order[: 1 + next((index for index, text in enumerate(between) if text.strip()), len(between))]
+        end = 0
+        for image in leading:
+            end = tokens.ids.index(self.processor.image_token_id, end) + plan.token_counts[image]
+        settings = np.array([self.num_crops(sample), *tokens.ids[:end]], dtype=np.int32)
+        return Stem(
+            tokens=end,
+            images=len(leading),
+            crops=sum(rows * columns + 1 for rows, columns in (plan.grids[image] for image in leading)),
+            digest=hashlib.blake2b(settings.tobytes(), digest_size=16).digest(),
+        )
 
     def _plan(self, sample: Sample, sizes: Sequence[tuple[int, int]], upto_turn: int | None = None) -> "_Plan":
         """Checks text and tags against the images, and counts what the images cost."""
@@ -167,16 +231,16 @@ class SampleEncoder:
             )
         image_processor = self.processor.image_processor
         counts: list[int] = []
-        crops = 0
+        grids: list[tuple[int, int]] = []
         for name, size in zip(sample.images, sizes, strict=False):  # a prompt shows the first images only
             try:
                 counts.append(image_processor.image_token_count(*size, num_crops=sample.num_crops))
-                crops += image_processor.layout(*size, num_crops=sample.num_crops).num_crops
+                grids.append(image_processor.layout(*size, num_crops=sample.num_crops).grid)
             except ValueError as error:
                 raise sample_error(
                     sample.label, f"image {name!r}: {error}", "Crop or pad the image.", "elongated image"
                 ) from error
-        return _Plan(segments, order, counts, crops)
+        return _Plan(segments, order, counts, grids)
 
     def _tokenize(self, segments: Sequence[Segment], counts: Sequence[int]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -187,18 +251,20 @@ class SampleEncoder:
             labels += piece if segment.is_answer else [IGNORED_LABEL] * len(piece)
         return ids, labels
 
-    def _tokenize_within_limit(self, sample: Sample, plan: "_Plan") -> tuple[list[int], list[int], bool]:
-        """Returns ids, labels, and whether the sample as it stands is over the limit; cuts it where that is asked."""
+    def _tokenize_within_limit(self, sample: Sample, plan: "_Plan") -> "_Tokens":
+        """Tokenizes a sample; over the limit, cuts it where that is asked."""
         counts = plan.token_counts
-        ids, labels = self._tokenize(plan.segments, counts)
+        segments = plan.segments
+        ids, labels = self._tokenize(segments, counts)
         if self.max_length is None or len(ids) <= self.max_length:
-            return ids, labels, False
+            return _Tokens(ids, labels, False, segments[0].text)
         if self.on_overlong == "cut":
             shortened = sample
             while len(ids) > self.max_length:  # text is shortened in characters, so the tokens saved are an estimate
                 shortened = self._shortened(shortened, len(ids) - self.max_length, counts)
-                ids, labels = self._tokenize(render(shortened), counts)
-        return ids, labels, True
+                segments = render(shortened)
+                ids, labels = self._tokenize(segments, counts)
+        return _Tokens(ids, labels, True, segments[0].text)
 
     def _shortened(self, sample: Sample, num_tokens: int, counts: Sequence[int]) -> Sample:
         """Takes about ``num_tokens`` tokens, at least one character, from the text that is next to be cut."""
@@ -248,10 +314,12 @@ class SampleEncoder:
         offsets = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
         return [start for start, _ in offsets]
 
-    def _add_pixels(self, encoded: Encoded, sample: Sample, plan: "_Plan", images: Sequence[Image.Image]) -> None:
+    def _add_pixels(
+        self, encoded: Encoded, sample: Sample, order: Sequence[int], images: Sequence[Image.Image]
+    ) -> None:
         if images:
             features = self.processor.image_processor.preprocess(
-                [images[index] for index in plan.order], num_crops=sample.num_crops, return_tensors="pt"
+                [images[index] for index in order], num_crops=sample.num_crops, return_tensors="pt"
             )
             encoded["pixel_values"] = features["pixel_values"]
             encoded["image_sizes"] = features["image_sizes"]
@@ -274,10 +342,26 @@ class _Plan(NamedTuple):
         segments: the chat text.
         order: zero-based indices of the images in the order in which the text shows them.
         token_counts: decoder positions of each image, in the order in which the sample lists them.
-        crops: crops of all images.
+        grids: (rows, columns) of tiles of each image, in the same order.
     """
 
     segments: list[Segment]
     order: list[int]
     token_counts: list[int]
-    crops: int
+    grids: list[tuple[int, int]]
+
+
+class _Tokens(NamedTuple):
+    """A training sample, tokenized.
+
+    Attributes:
+        ids: its positions.
+        labels: as many.
+        is_overlong: whether it exceeds the limit as it stands in the file.
+        opening: the chat text through the first question, as it was tokenized.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    is_overlong: bool
+    opening: str

@@ -1,25 +1,25 @@
-"""A data set's questions answered by a model, in batches of prompts of different lengths and image counts."""
+"""A data set's questions answered by a model, those about the same images together."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..config import Metric, Scoring
-from ..data.collate import Collator
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
 from ..data.schema import IMAGE_TAG, Sample
 from ..model.processing_phi3_v import Phi3VProcessor
 from .classes import find_label
-from .generate import answer_batch
-from .likelihood import label_log_likelihoods, label_token_ids
-from .questions import Question, labels_of, list_questions, share_of
+from .engine import Answer, Engine
+from .generate import text_of
+from .likelihood import label_probabilities, label_token_ids
+from .loading import LoadedGroup, QuestionLoader
+from .prompts import Group, Picture, Prompt
+from .questions import group_questions, labels_of, list_questions, share_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class EvalSettings:
         scoring: ``generate``: answers are generated; ``likelihood``: the likeliest of a question's labels is its
             answer; ``both``: answers are generated, and the labels' probabilities taken besides.
         labels: closed set of answers of the questions that name none; empty: such questions are open.
-        batch_size: prompts a batch.
+        batch_size: questions answered at once; None: as many as the memory holds.
         max_new_tokens: longest generated answer, tokens.
         limit: samples used, from the first; None = all.
         seed: of the intervals' resampling.
@@ -41,7 +41,7 @@ class EvalSettings:
     metric: Metric
     scoring: Scoring = "generate"
     labels: Sequence[str] = ()
-    batch_size: int
+    batch_size: int | None = None
     max_new_tokens: int
     limit: int | None = None
     seed: int = 0
@@ -96,9 +96,9 @@ def answer_questions(
 ) -> list[Prediction]:
     """Answers every turn of every sample; earlier turns stand in the prompt with their gold answers.
 
-    Prompts are batched by length, the longest first, so that little is padded and a batch that does not fit the memory
-    fails at once and not after an hour. Several processes each answer their share, without waiting for each other, and
-    then exchange the answers.
+    Questions about the same images go together, the longest prompts first, so that little is padded and a batch that
+    does not fit the memory fails at once and not after an hour. Several processes each answer their share, without
+    waiting for each other, and then exchange the answers.
 
     Args:
         model: ``Phi3VForCausalLM``, or a ``PeftModel`` on one; its training flag is restored.
@@ -111,43 +111,63 @@ def answer_questions(
         Predictions of all processes, in the order of the data set.
     """
     encoder = SampleEncoder(processor)
-    questions = share_of(list_questions(dataset, encoder, settings.limit), share.rank, share.num_ranks)
-    batches = [
-        questions[start : start + settings.batch_size] for start in range(0, len(questions), settings.batch_size)
-    ]
-    collator = Collator(processor.tokenizer.pad_token_id, padding_side="left")
+    engine = Engine(
+        model,
+        stop_token_ids=processor.stop_token_ids,
+        max_new_tokens=settings.max_new_tokens,
+        most_questions=settings.batch_size,
+    )
     ids_of = cache(partial(label_token_ids, processor))
 
-    def load(batch: list[Question]) -> tuple[list[Sample], dict[str, torch.Tensor]]:
-        samples = [dataset[question.index] for question in batch]
-        encoded = [
-            encoder.encode_prompt(sample, dataset.load_images(sample, question.turn), question.turn)
-            for sample, question in zip(samples, batch, strict=True)
-        ]
-        return samples, collator(encoded)
+    def ask(sample: Sample, turn: int, ids: list[int], pictures: tuple[Picture, ...]) -> Prompt:
+        labels = labels_of(sample.turns[turn], settings.labels) if settings.scoring != "generate" else ()
+        return Prompt(ids, pictures, tuple(map(ids_of, labels)), is_generated=settings.scoring != "likelihood")
 
+    loader = QuestionLoader(
+        dataset,
+        encoder,
+        ask=ask,
+        group=engine.group,
+        num_ahead=engine.most_questions,
+        use_pinned_memory=engine.device.type == "cuda",
+    )
+    groups = group_questions(list_questions(dataset, encoder, settings.limit), engine.most_questions)
+    groups = share_of(groups, share.rank, share.num_ranks)
     answered: list[tuple[tuple[int, int], Prediction]] = []
-    with tqdm(total=len(questions), desc="answering", unit="question", disable=not settings.progress) as bar:
-        for batch, (samples, inputs) in zip(batches, _one_ahead(load, batches), strict=True):
-            label_sets = [
-                labels_of(sample.turns[question.turn], settings.labels)
-                for question, sample in zip(batch, samples, strict=True)
-            ]
-            texts: list[str | None] = [None] * len(batch)
-            probabilities: list[tuple[float, ...] | None] = [None] * len(batch)
-            if settings.scoring != "likelihood":
-                texts = [*answer_batch(model, processor, inputs, settings.max_new_tokens)]
-            if settings.scoring != "generate":
-                scores = label_log_likelihoods(model, inputs, [[ids_of(one) for one in row] for row in label_sets])
-                probabilities = [tuple(row.double().softmax(dim=0).tolist()) for row in scores]
-            for question, sample, labels, text, row in zip(
-                batch, samples, label_sets, texts, probabilities, strict=True
-            ):
-                answered.append((question.key, _prediction(dataset, sample, question.turn, labels, text, row)))
-            bar.update(len(batch))
+    with tqdm(total=sum(map(len, groups)), desc="answering", unit="question", disable=not settings.progress) as bar:
+        for batch in _that_have_room(engine, loader.load(groups)):
+            answers = engine.answer([group for loaded in batch for group in loaded.groups])
+            for loaded in batch:
+                for question, sample, prompt in zip(loaded.questions, loaded.samples, loaded.prompts, strict=True):
+                    labels = labels_of(sample.turns[question.turn], settings.labels)
+                    text, probabilities = _outcome(processor, prompt, answers[prompt])
+                    answered.append(
+                        (question.key, _prediction(dataset, sample, question.turn, labels, text, probabilities))
+                    )
+                bar.update(len(loaded.questions))
     if share.num_ranks > 1:
         answered = gather_object(answered)
     return [prediction for _, prediction in sorted(answered, key=lambda pair: pair[0])]
+
+
+def _that_have_room(engine: Engine, loaded: Iterator[LoadedGroup]) -> Iterator[list[LoadedGroup]]:
+    """Yields as many groups of questions at once as can be answered together, in order."""
+    batch: list[LoadedGroup] = []
+    groups: list[Group] = []
+    for one in loaded:
+        if batch and not engine.has_room([*groups, *one.groups]):
+            yield batch
+            batch, groups = [], []
+        batch.append(one)
+        groups += one.groups
+    if batch:
+        yield batch
+
+
+def _outcome(processor: Phi3VProcessor, prompt: Prompt, answer: Answer) -> tuple[str | None, tuple[float, ...] | None]:
+    """Returns the generated text and the labels' probabilities, each as far as it was asked for."""
+    text = text_of(processor, answer) if prompt.is_generated else None
+    return text, label_probabilities(answer.log_likelihoods) if prompt.labels else None
 
 
 def _prediction(
@@ -175,15 +195,3 @@ def _prediction(
         expected=find_label(turn.assistant, labels),
         probabilities=probabilities,
     )
-
-
-def _one_ahead(load: Any, batches: list[list[Question]]) -> Iterator[Any]:
-    """Yields ``load(batch)`` for every batch, the next one loading while the caller works on the last."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(load, batches[0]) if batches else None
-        for following in [*batches[1:], None]:
-            if waiting is None:
-                return
-            loaded = waiting.result()
-            waiting = None if following is None else pool.submit(load, following)
-            yield loaded

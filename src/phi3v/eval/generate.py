@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 
-from ..data.collate import Collator
 from ..data.encode import Encoded, SampleEncoder
 from ..data.schema import Sample, Turn
 from ..model.processing_phi3_v import Phi3VProcessor
+from .engine import Answer, Engine
+from .prompts import Picture, Prompt
 
 
 def generate_once(
@@ -37,28 +37,23 @@ def generate_once(
     names = tuple(f"image {number}" for number in range(1, len(images) + 1))
     turn = Turn(user=prompt, assistant="", images=names, answers=("",))
     sample = Sample(id="prompt", turns=(turn,), system=system, num_crops=num_crops, source=None, where="command line")
-    encoded: Encoded = SampleEncoder(processor).encode_prompt(sample, images, turn=0)
-    inputs = Collator(processor.tokenizer.pad_token_id, padding_side="left")([encoded])
-    return answer_batch(model, processor, inputs, max_new_tokens)[0]
+    encoded = SampleEncoder(processor).encode_prompt(sample, images, turn=0)
+    engine = Engine(model, stop_token_ids=processor.stop_token_ids, max_new_tokens=max_new_tokens)
+    asked = Prompt(encoded["input_ids"].tolist(), _pictures(encoded, processor.image_processor.crop_px))
+    return text_of(processor, engine.answer(engine.group([asked]))[asked])
 
 
-@torch.inference_mode()
-def answer_batch(
-    model: Any, processor: Phi3VProcessor, inputs: dict[str, torch.Tensor], max_new_tokens: int
-) -> list[str]:
-    """Generates greedily from left-padded prompts and returns B answers as text."""
-    was_training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        generated = model.generate(
-            **{key: value.to(device) for key, value in inputs.items()},
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=processor.stop_token_ids,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
-    finally:
-        model.train(was_training)
-    new_tokens = generated[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+def _pictures(encoded: Encoded, crop_px: int) -> tuple[Picture, ...]:
+    """Returns a prompt's images, each without the crops that only fill up."""
+    if "pixel_values" not in encoded or "image_sizes" not in encoded:
+        return ()
+    grids = [(height // crop_px, width // crop_px) for height, width in encoded["image_sizes"].tolist()]
+    return tuple(
+        Picture(str(number), crops[: rows * columns + 1], (rows, columns))
+        for number, (crops, (rows, columns)) in enumerate(zip(encoded["pixel_values"], grids, strict=True))
+    )
+
+
+def text_of(processor: Phi3VProcessor, answer: Answer) -> str:
+    """Returns a generated answer as text, without special tokens and surrounding space."""
+    return str(processor.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()

@@ -1,16 +1,21 @@
 """The questions that a data set asks: what they cost, who answers them, and which answers they allow."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Scoring
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
+from ..data.images import check_image
 from ..data.schema import Turn, parse_sample
 from ..errors import ConfigError, DataError
 from ..model.processing_phi3_v import Phi3VProcessor
 from .classes import find_label
+
+FURTHER_QUESTION_COST = 100
+"""About what one more question about the same images costs, decoder positions: its text and the steps of its answer."""
 
 _IN_TRAINING = "eval_scoring and eval_labels in a training run"
 
@@ -23,11 +28,15 @@ class Question:
         index: of the sample in its data set.
         turn: zero-based.
         cost: decoder positions of the sample.
+        images: keys of the images that its prompt shows, in text order; equal keys are equal pixels.
+        image_sizes: their (h, w) px.
     """
 
     index: int
     turn: int
     cost: int
+    images: tuple[str, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def key(self) -> tuple[int, int]:
@@ -37,11 +46,25 @@ class Question:
 
 def list_questions(dataset: ConversationDataset, encoder: SampleEncoder, limit: int | None) -> list[Question]:
     """Lists every turn of the first ``limit`` samples (None: of all), in the order of the data set."""
+    sizes: dict[Path, tuple[int, int]] = {}
     questions: list[Question] = []
     for index in range(num_samples_asked(dataset, limit)):
         sample = dataset[index]
-        cost = encoder.measure(sample, dataset.image_sizes(sample)).tokens
-        questions += [Question(index, turn, cost) for turn in range(len(sample.turns))]
+        paths: list[Path] = []
+
+        def look(path: Path, seen: list[Path] = paths) -> tuple[int, int]:
+            seen.append(path)
+            if path not in sizes:
+                sizes[path] = check_image(path, decode=False)
+            return sizes[path]
+
+        own_sizes = tuple(dataset.image_sizes(sample, look))
+        keys = tuple(encoder.image_key(sample, path) for path in paths)
+        cost = encoder.measure(sample, own_sizes).tokens
+        num_shown = 0
+        for number, turn in enumerate(sample.turns):
+            num_shown += len(turn.images)
+            questions.append(Question(index, number, cost, keys[:num_shown], own_sizes[:num_shown]))
     return questions
 
 
@@ -50,19 +73,50 @@ def num_samples_asked(dataset: ConversationDataset, limit: int | None) -> int:
     return len(dataset) if limit is None else min(len(dataset), limit)
 
 
-def share_of(questions: Sequence[Question], rank: int, num_ranks: int) -> list[Question]:
-    """Returns the questions that one of several processes answers, the costliest first.
+def group_questions(questions: Iterable[Question], most: int) -> list[list[Question]]:
+    """Puts questions with the same first image together, up to ``most`` of them; others stand alone.
 
-    Sorted by cost they are dealt out to and fro (0 1 2, 2 1 0, 0 1 2, ..), so that all get as many questions, within
-    one, of about the same cost in all. Every process works out the same shares.
+    >>> a, b = ("a.png",), ("b.png",)
+    >>> questions = [Question(0, 0, 9, a), Question(1, 0, 9, b), Question(2, 0, 9, a), Question(3, 0, 2)]
+    >>> [[question.index for question in group] for group in group_questions(questions, most=8)]
+    [[0, 2], [1], [3]]
+    """
+    groups: list[list[Question]] = []
+    open_groups: dict[str, list[Question]] = {}
+    for one in questions:
+        group = open_groups.get(one.images[0]) if one.images else None
+        if group is None or len(group) == most:
+            group = []
+            groups.append(group)
+            if one.images:
+                open_groups[one.images[0]] = group
+        group.append(one)
+    return groups
 
-    >>> questions = [Question(index, 0, cost) for index, cost in enumerate([5, 9, 1, 7])]
-    >>> [[question.cost for question in share_of(questions, rank, 2)] for rank in (0, 1)]
+
+def share_of(groups: Sequence[list[Question]], rank: int, num_ranks: int) -> list[list[Question]]:
+    """Returns the groups that one of several processes answers, the costliest first.
+
+    The costliest group goes to the process with the least to do so far, and so on with the others. Every process works
+    out the same shares.
+
+    >>> groups = [[Question(index, 0, cost)] for index, cost in enumerate([5, 9, 1, 7])]
+    >>> [[group[0].cost for group in share_of(groups, rank, 2)] for rank in (0, 1)]
     [[9, 1], [7, 5]]
     """
-    by_cost = sorted(questions, key=lambda question: -question.cost)
-    period = 2 * num_ranks
-    return [one for place, one in enumerate(by_cost) if place % period in (rank, period - 1 - rank)]
+    by_cost = sorted(groups, key=_cost, reverse=True)
+    shares: list[list[list[Question]]] = [[] for _ in range(num_ranks)]
+    costs = [0] * num_ranks
+    for group in by_cost:
+        cheapest = costs.index(min(costs))
+        shares[cheapest].append(group)
+        costs[cheapest] += _cost(group)
+    return shares[rank]
+
+
+def _cost(group: Sequence[Question]) -> int:
+    """Estimates what a group costs, in decoder positions: what its questions have in common counts once."""
+    return max(one.cost for one in group) + FURTHER_QUESTION_COST * (len(group) - 1)
 
 
 def labels_of(turn: Turn, labels: Sequence[str]) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
 
+from ..geometry import ModelDims
+
 VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -115,6 +117,26 @@ class Phi3VConfig(Phi3Config):
     def tokens_per_side(self) -> int:
         """Image tokens along a crop's edge."""
         return self.vision_config.image_size // self.vision_config.patch_size // 2
+
+    @property
+    def dims(self) -> ModelDims:
+        """Sizes from which parameters, memory and arithmetic follow."""
+        vision: Any = self.vision_config
+        return ModelDims(
+            hidden=self.hidden_size,
+            layers=self.num_hidden_layers,
+            mlp=self.intermediate_size,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads or self.num_attention_heads,
+            vocab=self.vocab_size,
+            has_tied_head=self.tie_word_embeddings,
+            clip_width=vision.hidden_size,
+            clip_layers=vision.num_hidden_layers,
+            clip_mlp=vision.intermediate_size,
+            clip_heads=vision.num_attention_heads,
+            crop_px=vision.image_size,
+            patch_px=vision.patch_size,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the published layout; ``Phi3VConfig(**config.to_dict())`` gives the same configuration."""

@@ -38,6 +38,19 @@ def weighted_token_loss(
     """
     targets = labels[:, 1:]
     rows, columns = (targets != -100).nonzero(as_tuple=True)
-    logits = lm_head(hidden_states[rows, columns]).float()
-    losses = F.cross_entropy(logits, targets[rows, columns], reduction="none")
-    return (losses * loss_weights[rows, columns + 1].to(losses.dtype)).sum()
+    return target_loss(hidden_states[rows, columns], lm_head, targets[rows, columns], loss_weights[rows, columns + 1])
+
+
+def target_loss(
+    hidden_states: torch.Tensor, lm_head: nn.Module, target_ids: torch.Tensor, target_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of weighted cross entropies at positions picked out already.
+
+    Args:
+        hidden_states: (K, H), the decoder's last, at the supervised positions.
+        lm_head: maps H to V.
+        target_ids: (K,) int64, the token that follows each.
+        target_weights: (K,) float.
+    """
+    losses = F.cross_entropy(lm_head(hidden_states).float(), target_ids, reduction="none")
+    return (losses * target_weights.to(losses.dtype)).sum()

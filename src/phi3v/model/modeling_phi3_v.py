@@ -15,8 +15,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ..geometry import num_image_tokens
+from .cache_names import CACHE_NAME, named_cache, one_cache
+from .compute import Compute
 from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
 from .loss import mean_token_loss, weighted_token_loss
+from .packed import PackedBatch
+from .packed_forward import packed_loss
 from .rope import Phi3VRotaryEmbedding
 from .vision_phi3_v import Phi3VImageEmbedding
 
@@ -30,7 +34,7 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -90,7 +94,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         if image_sizes is None:
             raise ValueError("pixel_values came without image_sizes")
         self.images_of_rows(input_ids, image_sizes)
-        image_rows = self.vision_embed_tokens(pixel_values, image_sizes)
+        image_rows = self.vision_embed_tokens(*self.vision_embed_tokens.own_crops(pixel_values, image_sizes))
         is_image = input_ids == self.config.image_token_id
         return embedded.masked_scatter(is_image[..., None], image_rows.to(embedded.device, embedded.dtype))
 
@@ -127,33 +131,35 @@ class Phi3VModel(Phi3VPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder; arguments as in ``Phi3VForCausalLM.forward``."""
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            if pixel_values is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            if pixel_values is None and (cache is None or cache.get_seq_length() == 0):
                 self._refuse_missing_images(input_ids)
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         if position_ids is None:
-            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = self._positions(inputs_embeds, attention_mask, cache)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache(cache),
         )
         # Made after the mask: transformers looks for a packed row's restarting positions only where there is no cache.
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None:
+            cache = DynamicCache()
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
@@ -161,13 +167,13 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **named_cache(cache),
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **named_cache(cache if use_cache else None)
         )
 
     def _refuse_missing_images(self, input_ids: torch.Tensor) -> None:
@@ -176,19 +182,21 @@ class Phi3VModel(Phi3VPreTrainedModel):
             raise ValueError(f"the text holds {positions} image positions but no pixel_values were given")
 
     @staticmethod
-    def _positions(
-        embedded: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
+    def _positions(embedded: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
         """Counts each row's positions from its own first real token, so that left padding shifts nothing."""
         batch, length = embedded.shape[:2]
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)[:, -length:]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         return (torch.arange(length, device=embedded.device) + past).expand(batch, length)
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
-    """Phi-3.5-vision with its language-model head: training, scoring and generation."""
+    """Phi-3.5-vision with its language-model head: training, scoring and generation.
+
+    Attributes:
+        compute: how a packed batch is computed.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -196,6 +204,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Phi3VModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute = Compute()
         self.post_init()
         self._use_real_stop_tokens()
 
@@ -235,7 +244,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
@@ -245,6 +254,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        packed: PackedBatch | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at every position.
@@ -253,7 +264,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             input_ids: (B, L) int64; ``image_token_id`` at every image position.
             attention_mask: (B, L) 1 for real tokens, 0 for padding on either side; None = no padding.
             position_ids: (B, L) int64; default: counted per row from its first real token.
-            past_key_values: keys and values of earlier positions.
+            cache: keys and values of earlier positions.
             inputs_embeds: (B, L, hidden_size) instead of ``input_ids``, images already in place.
             pixel_values: (N, C, 3, crop_px, crop_px); images in the order of their positions, row by row of the batch.
             image_sizes: (N, 2) int64, padded (h, w) px.
@@ -264,15 +275,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 ``loss_weights``.
             num_items_in_batch: without ``loss_weights``: divide the summed loss by this instead of the mean's number.
             logits_to_keep: positions from the end to compute logits for; 0 = all.
+            packed: several sequences in one row, instead of all other arguments; gives ``loss`` only, the weighted sum.
+            past_key_values: ``cache`` by its name before transformers 5.24.
 
         Returns:
-            ``loss`` (with labels), ``logits`` (B, L, vocab_size), ``past_key_values`` (with ``use_cache``).
+            ``loss`` (with labels), ``logits`` (B, L, vocab_size) and, with ``use_cache``, the cache by its name in the
+            installed transformers.
         """
+        if packed is not None:
+            return CausalLMOutputWithPast(loss=packed_loss(self, packed))  # pyright: ignore[reportArgumentType]
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
@@ -294,19 +310,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,  # pyright: ignore[reportArgumentType]
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **named_cache(outputs.get(CACHE_NAME)),
         )
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Recomputes everything at the one step where a row's LongRoPE factors change from short to long.
@@ -314,22 +331,23 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Cached keys were rotated with the short factors; from the first position past
         ``original_max_position_embeddings`` the row needs the long ones everywhere.
         """
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        cache = one_cache(cache, past_key_values)
+        past = int(cache.get_seq_length()) if cache is not None else 0
         length = past + (next_sequence_length or 1)
         if self._changes_rope_factors(past, length, attention_mask):
             if inputs_embeds is not None:  # the prompt; what was generated since then stands at the end of input_ids
                 generated = input_ids[:, inputs_embeds.shape[1] - length :]
                 inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(generated)], dim=1)
-            past_key_values = None
+            cache = None
             next_sequence_length = None
             is_first_iteration = True
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **named_cache(cache),
             **kwargs,
         )
 

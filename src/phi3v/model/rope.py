@@ -51,13 +51,31 @@ class Phi3VRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids: (B, L) int64 -> cosines and sines, (B, L, head_dim) of ``dtype``, computed in float32."""
-        device = position_ids.device
-        if device not in self._on_device:
-            self._on_device[device] = self._inverse_frequencies().to(device)
-        inverse_frequencies = self._on_device[device][self.is_long(position_ids).long()]
+        inverse_frequencies = self._frequencies_on(position_ids.device)[self.is_long(position_ids).long()]
         angles = position_ids[..., None].float() * inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+    @torch.no_grad()
+    def rotations(self, position_ids: torch.Tensor, is_long: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cosines and sines of a packed row, whose sequences' lengths are known.
+
+        Args:
+            position_ids: (T,) int64.
+            is_long: (T,) bool, whether the position's sequence outgrows the short factors; a fixed mode decides itself.
+
+        Returns:
+            (T, head_dim / 2) float32 each; the other half of a head's rotation is the same.
+        """
+        if self.mode != "auto":
+            is_long = torch.full_like(is_long, self.mode == "long")
+        angles = position_ids[:, None].float() * self._frequencies_on(position_ids.device)[is_long.long()]
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+    def _frequencies_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._on_device:
+            self._on_device[device] = self._inverse_frequencies().to(device)
+        return self._on_device[device]
 
     def _inverse_frequencies(self) -> torch.Tensor:
         """Returns the short and the long ones, (2, head_dim / 2) float32.

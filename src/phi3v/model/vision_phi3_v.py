@@ -1,5 +1,7 @@
 """From crops to decoder rows: CLIP, the 2x2 merge with its separators, and the projector."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
@@ -64,16 +66,45 @@ class Phi3VImageEmbedding(nn.Module):
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
 
-    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        crops: torch.Tensor,
+        grids: Sequence[tuple[int, int]],
+        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Computes the rows of all images, one image after the other.
 
         Args:
-            pixel_values: (N, C, 3, crop_px, crop_px); crops beyond an image's own are ignored, not computed.
-            image_sizes: (N, 2) int64, padded (h, w) px.
+            crops: (S, 3, crop_px, crop_px); of every image its global view, then its tiles row by row.
+            grids: (rows, columns) of every image's tiles.
+            encode: computes CLIP's features (S, patches, clip_width) of the crops; default: ``img_processor``.
 
         Returns:
             (rows, hidden_size): per image the tile grid row by row, each row closed by ``sub_GN``; then ``glb_GN``;
             then the global view, its rows closed by ``sub_GN`` too.
+        """
+        features = merge_neighbours((encode or self.img_processor)(crops.to(self.sub_GN.dtype)))
+        rows_of_images: list[torch.Tensor] = []
+        start = 0
+        for rows, columns in grids:
+            global_view, tiles = features[start], features[start + 1 : start + 1 + rows * columns]
+            start += 1 + rows * columns
+            side = tiles.shape[1]
+            grid = tiles.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+            rows_of_images += [self._close_rows(grid), self.glb_GN[0].to(grid.dtype), self._close_rows(global_view)]
+        return self.img_projection(torch.cat(rows_of_images))
+
+    def own_crops(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Takes the images' own crops out of their padded form.
+
+        Args:
+            pixel_values: (N, C, 3, crop_px, crop_px); crops beyond an image's own are ignored.
+            image_sizes: (N, 2) int64, padded (h, w) px.
+
+        Returns:
+            ``crops`` and ``grids`` as ``forward`` takes them.
 
         Raises:
             ValueError: an image has fewer crops than its size needs.
@@ -85,17 +116,8 @@ class Phi3VImageEmbedding(nn.Module):
                 f"pixel_values hold {pixel_values.shape[0]} images of {pixel_values.shape[1]} crops, but image_sizes "
                 f"are of {len(grids)} images that need up to {most} crops"
             )
-        crops = torch.cat([pixel_values[index, : rows * columns + 1] for index, (rows, columns) in enumerate(grids)])
-        features = merge_neighbours(self.img_processor(crops.to(self.sub_GN.dtype)))
-        rows_of_images: list[torch.Tensor] = []
-        start = 0
-        for rows, columns in grids:
-            global_view, tiles = features[start], features[start + 1 : start + 1 + rows * columns]
-            start += 1 + rows * columns
-            side = tiles.shape[1]
-            grid = tiles.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-            rows_of_images += [self._close_rows(grid), self.glb_GN[0].to(grid.dtype), self._close_rows(global_view)]
-        return self.img_projection(torch.cat(rows_of_images))
+        own = [pixel_values[index, : rows * columns + 1] for index, (rows, columns) in enumerate(grids)]
+        return torch.cat(own), grids
 
     def _close_rows(self, grid: torch.Tensor) -> torch.Tensor:
         """(h, w, width) -> (h * (w + 1), width): every row ends with the separator."""

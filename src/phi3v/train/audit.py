@@ -1,8 +1,7 @@
 """The trainability audit: does every part that should learn get a gradient, on one real batch, before step 1?"""
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import nn
 from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import PARTS, is_never_used, part_of
-from phi3v.train.tuning import IMAGE_PARTS, Precision, adaptable_modules, learning_rate_of
+from phi3v.train.tuning import IMAGE_PARTS, Precision, adaptable_modules, base_of, learning_rate_of
 
 _LOSS_SCALES = (65536.0, 1024.0, 16.0, 1.0)
 """Factors tried on an fp16 loss, highest first: small gradients vanish in fp16 without one, and large ones overflow."""
@@ -101,9 +101,7 @@ class Audit:
             raise ConfigError("this run would not train what it should:\n- " + "\n- ".join(self.problems))
 
 
-def audit(
-    model: Phi3VForCausalLM | PeftModel, batch: Mapping[str, torch.Tensor], config: TrainConfig, precision: Precision
-) -> Audit:
+def audit(model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, config: TrainConfig, precision: Precision) -> Audit:
     """Runs one batch forward and backward and looks at the gradient of every part.
 
     An adapter's A has a gradient of exactly zero while its B is zero, so a part with adapters is judged by all of its
@@ -111,23 +109,22 @@ def audit(
 
     Args:
         model: as it will be trained, on its device.
-        batch: a collated training batch on that device; with an image if vision or projector should learn.
+        batch: a training batch on that device; with an image if vision or projector should learn.
         config: what the run asks for.
         precision: what it computes in.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, Phi3VForCausalLM)
+    base = base_of(model)
     loss = _backward(model, batch, precision)
     parts = tuple(_audit_part(part, base, config) for part in PARTS)
-    has_images = "pixel_values" in batch
-    problems = [problem for part in parts for problem in _problems(part, base, has_images)]
+    has_images = batch.crops is not None
+    problems = [problem for part in parts for problem in _problems(part, has_images)]
     model.zero_grad(set_to_none=True)
     return Audit(parts=parts, loss=loss, problems=tuple(problems))
 
 
-def _backward(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: Precision) -> float:
+def _backward(model: nn.Module, batch: PackedBatch, precision: Precision) -> float:
     """Leaves the batch's gradients in the model; returns its mean loss. Without a path to any weight: no gradients."""
-    device = batch["input_ids"].device
+    device = batch.input_ids.device
     was_training = model.training
     model.train()
     model.zero_grad(set_to_none=True)
@@ -135,7 +132,7 @@ def _backward(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: Pr
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for scale in _LOSS_SCALES if precision.name == "fp16" else (1.0,):
             with precision.autocast(device):
-                loss = model(**batch, supervised_only=True, use_cache=False).loss / batch["loss_weights"].sum()
+                loss = model(packed=batch).loss / batch.target_weights.sum()
             value = float(loss.detach())
             if not loss.requires_grad:
                 break
@@ -183,7 +180,7 @@ def _sizes(base: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _problems(part: PartAudit, base: Phi3VForCausalLM, has_images: bool) -> Iterator[str]:
+def _problems(part: PartAudit, has_images: bool) -> Iterator[str]:
     if not part.should_learn:
         return
     if not part.trainable:
@@ -204,24 +201,12 @@ def _problems(part: PartAudit, base: Phi3VForCausalLM, has_images: bool) -> Iter
             f" and {len(stuck) - _NAMES_SHOWN} more" * (len(stuck) > _NAMES_SHOWN)
         )
         found = f"the backward pass does not reach {shown}" if stuck else "its gradient is exactly zero"
-        yield f"{part.part} should learn, but {found}. {_likely_reason(base)}"
+        yield (
+            f"{part.part} should learn, but {found}. Something between it and the loss is detached or runs under "
+            "no_grad; freeze the part if that is meant."
+        )
     elif part.gradient_norm != part.gradient_norm or part.gradient_norm == float("inf"):
         yield (
             f"{part.part}'s gradient is not finite on the first batch. Use precision bf16 or fp32, and check that the "
             "model's weights are finite."
         )
-
-
-def _likely_reason(base: Phi3VForCausalLM) -> str:
-    if any(_is_reentrant(module) for module in base.modules()):
-        return (
-            "Gradient checkpointing is reentrant, which cuts the gradient of every layer whose input needs none: "
-            "enable it with use_reentrant=False."
-        )
-    return "Something between it and the loss is detached or runs under no_grad; freeze the part if that is meant."
-
-
-def _is_reentrant(module: nn.Module) -> bool:
-    checkpoint = vars(module).get("_gradient_checkpointing_func")
-    is_on = vars(module).get("gradient_checkpointing", False)
-    return is_on and isinstance(checkpoint, functools.partial) and bool(checkpoint.keywords.get("use_reentrant", True))

@@ -22,7 +22,9 @@ MOST_SKIPPED_STEPS = 50
 """fp16 steps in a row without a finite gradient after which it is no longer the loss scale looking for its place: it
 starts at 65536 and halves each time."""
 
-_STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "memory_bytes", "elapsed_s")
+_STEP_FIELDS = (
+    "loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "sharing", "memory_bytes", "elapsed_s",
+)  # fmt: skip
 
 
 class Best(NamedTuple):
@@ -158,27 +160,29 @@ class SpeedMeter(TrainerCallback):
     def __init__(self, trainer: Phi3VTrainer, earlier_s: float) -> None:
         self._trainer = trainer
         self._elapsed_s = earlier_s
-        self._samples = self._tokens = 0
+        self._samples = self._tokens = self._computed_tokens = 0
         self._seconds = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         window = self._trainer.window
         assert window is not None
         seconds = time.perf_counter() - window.started_s
-        self._samples += window.samples
-        self._tokens += window.tokens
+        self._samples += window.plan.samples
+        self._tokens += window.plan.tokens
+        self._computed_tokens += window.plan.computed_tokens
         self._seconds += seconds
         self._elapsed_s += seconds
 
     def read(self) -> dict[str, float]:
-        """Returns the speed since the last call, over all processes, and this process's peak memory."""
+        """Returns speed and sharing since the last call, over all processes, and this process's peak memory."""
         speed = {
             "samples_per_s": self._samples / self._seconds,
             "tokens_per_s": self._tokens / self._seconds,
+            "sharing": self._tokens / self._computed_tokens,
             "memory_bytes": peak_memory_bytes(self._trainer.args.device),
             "elapsed_s": self._elapsed_s,
         }
-        self._samples = self._tokens = 0
+        self._samples = self._tokens = self._computed_tokens = 0
         self._seconds = 0.0
         return speed
 
@@ -246,6 +250,8 @@ class ProgressLine(TrainerCallback):
             f"loss {logs['loss']:.4f}, {logs['samples_per_s']:.3g} samples/s, {logs['tokens_per_s']:,.0f} tokens/s, "
             f"{logs['memory_bytes'] / 1e9:.1f} GB"
         )
+        if logs["sharing"] > 1:
+            text += f", {logs['sharing']:.2f} x by sharing"
         if self._bar.disable:
             print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr, flush=True)
         else:

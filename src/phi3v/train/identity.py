@@ -15,19 +15,24 @@ DECIDES = frozenset(
         "seed", "method", "freeze", "part_learning_rates", "lora_rank", "lora_alpha", "lora_dropout", "lora_parts",
         "learning_rate", "batch_size", "num_train_epochs", "max_steps", "lr_scheduler", "warmup_steps", "weight_decay",
         "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loss_weighting",
-        "sampling", "eval_metric", "eval_scoring", "eval_labels", "eval_limit", "eval_max_new_tokens",
+        "sampling", "shared_questions", "fp8", "eval_metric", "eval_scoring", "eval_labels", "eval_limit",
+        "eval_max_new_tokens",
     }
 )  # fmt: skip
 """Fields that decide what is trained, or what its scores mean: a resume with another value is refused."""
 
-ROUNDS = frozenset({"micro_batch_size", "gradient_checkpointing", "attention", "device"})
+ROUNDS = frozenset(
+    {
+        "micro_batch_tokens", "micro_batch_crops", "micro_batch_size", "checkpointing", "attention", "device",
+    }
+)  # fmt: skip
 """Fields that change the order of floating-point operations only: a resume may change them, and says so."""
 
 FREE = frozenset(
     {
         "output_dir", "train_data", "eval_data", "check_images", "num_workers", "save_steps", "keep_checkpoints",
         "keep_best", "resume", "eval_before", "eval_steps", "eval_batch_size", "early_stopping_patience",
-        "logging_steps", "report_to", "progress",
+        "logging_steps", "report_to", "progress", "vision_cache",
     }
 )  # fmt: skip
 """Fields that a resume may change. Of the data, the content decides and not the path: see the fingerprints."""

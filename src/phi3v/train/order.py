@@ -45,6 +45,39 @@ class Shuffled:
         return _generator(self._seed, epoch).permutation(self._num_samples)
 
 
+class StemsTogether:
+    """Every sample once, those that begin alike side by side: in random groups of at most ``most``, in random order.
+
+    Args:
+        group_of: (n,) number of the samples that begin alike, from 0 without gaps.
+        most: samples of a group. More that begin alike make several groups of about the same size.
+        seed: with the epoch, what the order is made of.
+
+    >>> order = StemsTogether([0, 1, 0, 1, 1, 2], most=2, seed=0).of(0).tolist()
+    >>> sorted(order), abs(order.index(0) - order.index(2))
+    ([0, 1, 2, 3, 4, 5], 1)
+    """
+
+    def __init__(self, group_of: Sequence[int] | np.ndarray, *, most: int, seed: int) -> None:
+        self._group_of = np.asarray(group_of, dtype=np.int64)
+        self._most = most
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def of(self, epoch: int) -> np.ndarray:
+        generator = _generator(self._seed, epoch)
+        shuffled = generator.permutation(len(self))
+        members = shuffled[np.argsort(self._group_of[shuffled], kind="stable")]  # alike ones together, in random order
+        group = self._group_of[members]
+        sizes = np.bincount(group)
+        place = np.arange(len(members)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        pieces = -(-sizes // self._most)
+        piece = (np.cumsum(pieces) - pieces)[group] + place * pieces[group] // sizes[group]
+        return members[np.argsort(generator.permutation(pieces.sum())[piece], kind="stable")]
+
+
 class Grouped:
     """Equally many samples of every group, shuffled together.
 
@@ -86,12 +119,28 @@ class Grouped:
         return stream[start : start + self._draws]
 
 
-def epoch_order(dataset: ConversationDataset, sampling: Sampling, seed: int) -> EpochOrder:
+def epoch_order(
+    dataset: ConversationDataset,
+    sampling: Sampling,
+    seed: int,
+    *,
+    stem_group_of: np.ndarray | None = None,
+    shared_questions: int = 1,
+) -> EpochOrder:
     """Returns the order that a run's ``sampling`` asks for; reads every line of the data unless it is ``shuffle``.
+
+    Args:
+        dataset: checked samples.
+        sampling: what an epoch draws.
+        seed: of the run.
+        stem_group_of: (n,) number of the samples that begin alike; ``shuffle`` keeps them together.
+        shared_questions: most of them side by side; 1: they are scattered like any others.
 
     Raises:
         ConfigError: ``class_balanced`` on data whose answers are no classes.
     """
+    if sampling == "shuffle" and stem_group_of is not None and shared_questions > 1:
+        return StemsTogether(stem_group_of, most=shared_questions, seed=seed)
     if sampling == "shuffle":
         return Shuffled(len(dataset), seed)
     key_of = _last_answer if sampling == "class_balanced" else _shown_images

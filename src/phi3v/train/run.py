@@ -17,7 +17,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from phi3v.config import TrainConfig
-from phi3v.data.collate import Collator
+from phi3v.data.collate import PackCollator
+from phi3v.data.packing import Budget, MicroBatch, Packing, SampleCosts, load_of
 from phi3v.errors import ConfigError
 from phi3v.model.checkpoint import (
     dtype_of_folder,
@@ -27,14 +28,19 @@ from phi3v.model.checkpoint import (
     load_processor,
     save_model,
 )
+from phi3v.model.compute import Compute
+from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.four_bit import require_four_bit
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.packed import PackedBatch
+from phi3v.model.packed_attention import row_alignment
 from phi3v.model.placement import resolve_device
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment, write_json
+from phi3v.train.activations import ActivationPolicy, DataLoad, choose_activation_policy
 from phi3v.train.audit import audit
-from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
+from phi3v.train.batches import TrainingSamples, WindowReader, Windows
 from phi3v.train.callbacks import (
     KeepBest,
     LogAtMilestones,
@@ -45,8 +51,9 @@ from phi3v.train.callbacks import (
     best_of,
 )
 from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.data import CheckedData, check_data
+from phi3v.train.data import CheckedData, Sharing, check_data, choose_sharing
 from phi3v.train.evaluation import Scorer
+from phi3v.train.feature_cache import FeatureCache, open_cache, require_frozen, require_room
 from phi3v.train.identity import identify
 from phi3v.train.order import EpochOrder, epoch_order
 from phi3v.train.rehearsal import rehearse_saving, require_disk_space
@@ -55,8 +62,8 @@ from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tuning import (
     IMAGE_PARTS,
     Precision,
+    base_of,
     choose_precision,
-    enable_gradient_checkpointing,
     parameter_groups,
     select_trainable,
     wrap_lora,
@@ -78,7 +85,11 @@ SAMPLES_NAMED = 8
 
 
 class Room(NamedTuple):
-    """What every stage of a run works with."""
+    """What every stage of a run works with.
+
+    ``policy`` is what a device computes at once; ``sharing`` and ``order`` say which samples a step draws;
+    ``short_positions`` is the longest sequence that the short LongRoPE factors reach.
+    """
 
     config: TrainConfig
     args: TrainingArguments
@@ -87,7 +98,10 @@ class Room(NamedTuple):
     store: CheckpointStore
     processor: Phi3VProcessor
     data: CheckedData
+    sharing: Sharing
     order: EpochOrder
+    short_positions: int
+    policy: ActivationPolicy
     identity: dict[str, Any]
 
     @property
@@ -114,15 +128,27 @@ def run_training(config: TrainConfig) -> Path:
     args = training_arguments(config, device, precision)
     if config.method == "qlora":
         require_four_bit(args.device)
+    if config.vision_cache is not None:
+        require_frozen(config.trained_parts)
     show_messages(is_writer=args.process_index == 0)
     run = RunDirectory(config.output_dir)
     store = CheckpointStore(run.checkpoints_dir, config.keep_checkpoints)
     with sole_writer(run) if args.process_index == 0 else nullcontext():
         if args.process_index == 0:
             refuse_existing_run(config, run, store)
+        refuse_adapter(config)
         processor = load_processor(config.model, num_crops=config.num_crops)
         data = check_data(config, processor, store.root / CHECK_FILE, args)
-        order = epoch_order(data.train, config.sampling, config.seed)
+        model_config = Phi3VConfig.from_pretrained(config.model)
+        short_positions = model_config.original_max_position_embeddings
+        sharing = choose_sharing(config, data, short_positions)
+        order = epoch_order(
+            data.train,
+            config.sampling,
+            config.seed,
+            stem_group_of=sharing.group_of,
+            shared_questions=sharing.shared_questions,
+        )
         identity = identify(
             config,
             precision=precision.name,
@@ -130,18 +156,29 @@ def run_training(config: TrainConfig) -> Path:
             eval_fingerprint=None if data.eval is None else data.eval.fingerprint(),
             world_size=args.world_size,
         )
-        room = Room(config, args, precision, run, store, processor, data, order, identity)
+        policy = choose_activation_policy(
+            config,
+            model_config.dims,
+            data_load(data.costs, sharing),
+            precision=precision.name,
+            device=args.device,
+            num_ranks=args.world_size,
+        )
+        room = Room(
+            config, args, precision, run, store, processor, data, sharing, order, short_positions, policy, identity
+        )
         start = open_run(room)
         if start.is_finished:
             logger.info("%s is finished: its result is %s.", run.path, run.model_dir)
             if room.is_writer and not run.report_path.exists():
                 write_report(run.path)
             return run.path
-        model = build_model(config, precision, args.device)
+        model = build_model(config, precision, args.device, compute_of(room))
+        cache = open_feature_cache(room, model)
         scorer = build_scorer(room, model)
         if start.result_step is None:
             prepare(room, model, scorer, start)
-            result_step = train(room, model, scorer, start)
+            result_step = train(room, model, scorer, start, cache)
             is_rounded = round_to_base(model, config)
             save_result(room, model, result_step)
         else:
@@ -159,13 +196,13 @@ def training_arguments(config: TrainConfig, device: str, precision: Precision) -
     """Translates the configuration for Trainer, and joins the other processes when there are some.
 
     Raises:
-        ConfigError: the effective batch does not divide among the processes, or a reporter is not installed.
+        ConfigError: a reporter is not installed.
     """
     if "wandb" in config.report_to and find_spec("wandb") is None:
         raise ConfigError("report_to names wandb, which is not installed; pip install phi3v[wandb], or take it out")
     args = TrainingArguments(
         output_dir=str(RunDirectory(config.output_dir).checkpoints_dir),
-        per_device_train_batch_size=config.micro_batch_size,
+        per_device_train_batch_size=1,  # a batch of Trainer's is a window; see Phi3VTrainer
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
@@ -194,25 +231,7 @@ def training_arguments(config: TrainConfig, device: str, precision: Precision) -
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible and one is used; start with torchrun to use all.", args.n_gpu)
         args._n_gpu = 1
-    args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
     return args
-
-
-def accumulation_steps(config: TrainConfig, num_processes: int) -> int:
-    """Returns how many micro-batches of one process make up its share of an optimizer step.
-
-    Raises:
-        ConfigError: not a whole number; names the nearest batch sizes that fit.
-    """
-    at_once = config.micro_batch_size * num_processes
-    steps, rest = divmod(config.batch_size, at_once)
-    if rest:
-        fitting = [size for size in (steps * at_once, (steps + 1) * at_once) if size]
-        raise ConfigError(
-            f"batch_size is {config.batch_size}, which does not divide into {num_processes} processes times "
-            f"micro_batch_size {config.micro_batch_size}; set batch_size to {' or '.join(map(str, fitting))}"
-        )
-    return steps
 
 
 def open_run(room: Room) -> Start:
@@ -228,29 +247,68 @@ def open_run(room: Room) -> Start:
     return decided
 
 
-def build_model(config: TrainConfig, precision: Precision, device: torch.device) -> Model:
-    """Loads the model and makes trainable what the run trains.
+def refuse_adapter(config: TrainConfig) -> None:
+    """Refuses to train on an adapter.
 
     Raises:
-        ConfigError: ``config.model`` is an adapter.
+        ConfigError: ``config.model`` is one.
     """
     if is_adapter(config.model):
         raise ConfigError(
             f"model is {config.model}, an adapter; training starts from a whole model: merge it first (phi3v merge "
             f"{config.model} MERGED) and train MERGED"
         )
+
+
+def data_load(costs: SampleCosts, sharing: Sharing) -> DataLoad:
+    """Returns what the samples ask of a device's memory."""
+    return DataLoad(
+        longest_tokens=int(costs.tokens.max()),
+        longest_crops=int(costs.crops.max()),
+        crops_a_token=sharing.saving.shared_crops / sharing.saving.shared_tokens,
+        targets_a_token=int(costs.supervised.sum()) / sharing.saving.shared_tokens,
+    )
+
+
+def compute_of(room: Room) -> Compute:
+    """Returns how the packed forward computes in this run."""
+    return Compute(
+        checkpointing=room.policy.checkpointing,
+        fp8=room.config.fp8,
+        accumulates_in_place=room.args.world_size == 1,  # DDP averages gradients in hooks
+    )
+
+
+def build_model(
+    config: TrainConfig, precision: Precision, device: torch.device, compute: Compute | None = None
+) -> Model:
+    """Loads the model and makes trainable what the run trains."""
     load = load_four_bit_model if config.method == "qlora" else load_model
     model = load(
         config.model, dtype=precision.weights, attention=config.attention, rope_mode=config.rope_mode, device=device
     )
     assert isinstance(model, Phi3VForCausalLM)
+    model.compute = compute or Compute()
     select_trainable(model, config)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
     if not config.trains_adapters:
         return model
     set_seed(config.seed)
     return wrap_lora(model, config)
+
+
+def open_feature_cache(room: Room, model: Model) -> FeatureCache | None:
+    """Opens the cache of a frozen vision encoder's rows, if the run has one.
+
+    Raises:
+        CapacityError: the disk does not hold the rows of all images.
+    """
+    if room.config.vision_cache is None:
+        return None
+    dtype = room.precision.autocast_dtype or torch.float32
+    cache = open_cache(room.config.vision_cache, base_of(model), room.processor.image_processor, dtype)
+    if room.is_writer:
+        require_room(cache, room.data.train, room.data.encoder, room.data.costs)
+    return cache
 
 
 def build_scorer(room: Room, model: Model) -> Scorer | None:
@@ -272,8 +330,7 @@ def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> No
     """Does before the first step what would hurt most to find out later: audit, rehearsal, first score."""
     if room.is_writer:
         batch = audit_batch(room)
-        on_device = {name: tensor.to(room.args.device) for name, tensor in batch.items()}
-        found = audit(model, on_device, room.config, room.precision)
+        found = audit(model, batch.to(room.args.device), room.config, room.precision)
         room.run.write_audit(found.to_dict())
         logger.info("%s", found.table())
         found.require_trainable()
@@ -284,18 +341,18 @@ def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> No
         scorer.score(0, "before")
 
 
-def audit_batch(room: Room) -> dict[str, torch.Tensor]:
+def audit_batch(room: Room) -> PackedBatch:
     """Returns a batch of one training sample; one with an image where a part that only images reach should learn."""
-    dataset = room.data.train
+    costs = room.data.costs
     index = 0
     if any(part in IMAGE_PARTS for part in room.config.trained_parts):
-        index = next((number for number in range(len(dataset)) if dataset[number].images), 0)
-    return make_collator(room)([TrainingSamples(dataset, room.data.encoder)[Draw(index)]])
+        index = int((costs.crops > 0).argmax())
+    return training_samples(room)[MicroBatch(((index,),), load_of(costs, (index,)))]
 
 
-def train(room: Room, model: Model, scorer: Scorer | None, start: Start) -> int:
+def train(room: Room, model: Model, scorer: Scorer | None, start: Start, cache: FeatureCache | None = None) -> int:
     """Runs the optimizer steps that are left and puts the weights to keep into the model; returns their step."""
-    trainer = build_trainer(room, model, scorer, start)
+    trainer = build_trainer(room, model, scorer, start, cache)
     if start.is_training_over(room.config):
         assert start.checkpoint is not None
         restore_weights(model, start.checkpoint.folder)
@@ -313,15 +370,25 @@ def train(room: Room, model: Model, scorer: Scorer | None, start: Start) -> int:
     return best.step
 
 
-def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start) -> Phi3VTrainer:
+def build_trainer(
+    room: Room, model: Model, scorer: Scorer | None, start: Start, cache: FeatureCache | None = None
+) -> Phi3VTrainer:
     """Puts the trainer together, with its optimizer and callbacks."""
     config, args, store = room.config, room.args, room.store
-    sampler = WindowSampler(
+    windows = Windows(
         room.order,
+        room.data.costs,
         batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
+        packing=Packing(
+            Budget(room.policy.micro_batch_tokens, room.policy.micro_batch_crops, config.micro_batch_size),
+            shared_questions=room.sharing.shared_questions,
+            short_positions=room.short_positions,
+            num_ranks=args.world_size,
+        ),
         rank=args.process_index,
-        num_ranks=args.world_size,
+    )
+    reader = WindowReader(
+        windows, training_samples(room, cache), num_workers=config.num_workers, pin_memory=args.device.type == "cuda"
     )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
@@ -333,9 +400,9 @@ def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start)
     trainer = Phi3VTrainer(
         model,
         args,
-        samples=TrainingSamples(room.data.train, room.data.encoder),
-        sampler=sampler,
-        collator=make_collator(room),
+        windows=windows,
+        reader=reader,
+        cache=cache,
         loss_weighting=config.loss_weighting,
         optimizer=optimizer,
         save_folder=lambda folder: save_model(model, room.processor, folder),
@@ -345,7 +412,7 @@ def build_trainer(room: Room, model: Model, scorer: Scorer | None, start: Start)
         callbacks=[LogAtMilestones(), KeepBest(keeps_best(config), config.early_stopping_patience)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(NonFiniteGuard(trainer, lambda step: name_samples(room, sampler, step), store.describe_newest))
+    trainer.add_callback(NonFiniteGuard(trainer, lambda step: name_samples(room, windows, step), store.describe_newest))
     meter = SpeedMeter(trainer, earlier_s=seconds_trained(room.run))
     trainer.measure_speed = meter.read
     trainer.add_callback(meter)
@@ -366,9 +433,16 @@ def add_reporters(trainer: Phi3VTrainer, room: Room, start: Start) -> None:
         trainer.add_callback(ProgressLine())
 
 
-def make_collator(room: Room) -> Collator:
-    """Returns the collator of training batches."""
-    return Collator(room.processor.tokenizer.pad_token_id, loss_weighting=room.config.loss_weighting)
+def training_samples(room: Room, cache: FeatureCache | None = None) -> TrainingSamples:
+    """Returns what makes the run's micro-batches."""
+    collator = PackCollator(
+        room.processor.image_token_id,
+        tokens_per_side=room.processor.image_processor.tokens_per_side,
+        short_positions=room.short_positions,
+        loss_weighting=room.config.loss_weighting,
+        alignment=row_alignment(room.args.device),
+    )
+    return TrainingSamples(room.data.train, room.data.encoder, collator, cache)
 
 
 def commit_checkpoint(room: Room, step: int) -> None:
@@ -406,9 +480,9 @@ def save_result(room: Room, model: Model, step: int) -> None:
         logger.info("Step %d is saved in %s.", step, room.run.model_dir)
 
 
-def name_samples(room: Room, sampler: WindowSampler, step: int) -> str:
+def name_samples(room: Room, windows: Windows, step: int) -> str:
     """Names the samples of an optimizer step (0-based)."""
-    ids = [room.data.train[index].id for index in sampler.window(step)]
+    ids = [room.data.train[index].id for index in windows.window(step)]
     more = len(ids) - SAMPLES_NAMED
     return ", ".join(ids[:SAMPLES_NAMED]) + (f" and {more} more" if more > 0 else "")
 

@@ -2,43 +2,40 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from phi3v.data.collate import Collator
-from phi3v.data.encode import IGNORED_LABEL, Encoded
+from phi3v.data.collate import LossWeighting
 from phi3v.errors import CheckpointError
+from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import part_of
-from phi3v.train.batches import TrainingSamples, WindowSampler
-from phi3v.train.tuning import IMAGE_PARTS
+from phi3v.train.batches import WindowPlan, WindowReader, Windows
+from phi3v.train.feature_cache import FeatureCache, compute_missing
+from phi3v.train.tuning import IMAGE_PARTS, base_of
 from phi3v.train.weights import restore_weights
-
-Batch = dict[str, torch.Tensor]
-Weighting = Literal["sample_mean", "token_mean"]
 
 
 @dataclass(slots=True)
 class Window:
-    """What the current optimizer step trains on, over all ranks.
+    """The current optimizer step.
 
     Attributes:
-        samples: samples that count.
-        tokens: decoder positions, image tokens included and padding not.
+        plan: what it trains on.
         started_s: ``time.perf_counter()`` when the step began to wait for its data.
         loss: this rank's share of the step's loss so far, on the device.
         grad_norm: the gradient's norm before clipping; None until it is known.
     """
 
-    samples: int
-    tokens: int
+    plan: WindowPlan
     started_s: float
     loss: torch.Tensor
     grad_norm: torch.Tensor | float | None = None
@@ -48,15 +45,16 @@ class Phi3VTrainer(Trainer):
     """Trains on windows of samples whose weighting does not depend on how a window is split.
 
     The loss of an optimizer step is the weighted sum over its whole window, divided once: by the window's samples
-    (``sample_mean``; the collator's weights make each sample's tokens sum to its mean) or by its supervised tokens
-    (``token_mean``). Micro-batches, accumulation steps and processes only cut that sum into pieces.
+    (``sample_mean``; the batches' weights make each sample's tokens sum to its mean) or by its supervised tokens
+    (``token_mean``). Micro-batches and processes only cut that sum into pieces. To Trainer a window is one batch and a
+    step without accumulation; how many micro-batches it is made of differs from window to window.
 
     Args:
         model: prepared for training, on its device.
         args: schedule, clipping, logging and saving, for Trainer.
-        samples: what a :class:`~phi3v.train.batches.Draw` is encoded from.
-        sampler: this rank's order.
-        collator: makes micro-batches; gives the loss weights of ``loss_weighting``.
+        windows: what each step trains on.
+        reader: makes the micro-batches.
+        cache: keeps the rows of a frozen vision encoder; None: there is none.
         loss_weighting: what the window's sum is divided by.
         optimizer: over the model's trainable parameters.
         save_folder: writes a model folder; called on the writing rank only.
@@ -67,24 +65,21 @@ class Phi3VTrainer(Trainer):
         callbacks: ours, after Trainer's own.
 
     Attributes:
-        window: what the current optimizer step trains on; None before the first.
+        window: the current optimizer step; None before the first.
         measure_speed: read at every logged step; its numbers go to all reporters.
 
     Source: transformers 5.17 to 5.23; what is relied on is named at each override.
     """
-
-    # 5.23: the loss of ``compute_loss`` is final; Trainer must not divide it by the accumulation steps again.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
         args: TrainingArguments,
         *,
-        samples: TrainingSamples,
-        sampler: WindowSampler,
-        collator: Collator,
-        loss_weighting: Weighting,
+        windows: Windows,
+        reader: WindowReader,
+        cache: FeatureCache | None = None,
+        loss_weighting: LossWeighting,
         optimizer: torch.optim.Optimizer,
         save_folder: Callable[[Path], object],
         commit_checkpoint: Callable[[int], object],
@@ -95,16 +90,15 @@ class Phi3VTrainer(Trainer):
         super().__init__(
             model=model,  # pyright: ignore[reportArgumentType]  # a PeftModel is what Trainer documents
             args=args,
-            train_dataset=samples,
+            train_dataset=_Steps(windows),
             # Trainer wants one when it is to evaluate; ``evaluate`` below never looks at it.
-            eval_dataset=samples if evaluate_now else None,
-            data_collator=collator,
+            eval_dataset=_Steps(windows) if evaluate_now else None,
             optimizers=(optimizer, None),
-            callbacks=[_EpochOrder(sampler), *callbacks],
+            callbacks=list(callbacks),
         )
-        # 5.17 decides by this flag what 5.23 decides by ``loss_is_scaled_for_ga``.
-        self.model_accepts_loss_kwargs = True
-        self.sampler = sampler
+        self.windows = windows
+        self.reader = reader
+        self.cache = cache
         self.loss_weighting = loss_weighting
         self.window: Window | None = None
         self.measure_speed: Callable[[], dict[str, float]] = dict
@@ -118,71 +112,88 @@ class Phi3VTrainer(Trainer):
             if parameter.requires_grad and part_of(name) in IMAGE_PARTS
         ]
 
-    def get_train_dataloader(self) -> DataLoader[Encoded]:
-        """Returns this rank's micro-batches.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; then ends the workers that read ahead."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.reader.close()
 
-        Not prepared by accelerate: the sampler has dealt out the ranks' shares already, where accelerate would fill
-        the last window up with samples from the first. The loader draws its workers' seeds from a generator of its
-        own, so that starting an epoch leaves the global random state as it is.
+    def get_train_dataloader(self) -> "DataLoader[int]":
+        """Returns the numbers of an epoch's windows.
+
+        By them Trainer knows how long an epoch is, and leaves out what a resumed one has done. What a window holds
+        follows from the optimizer step. Not prepared by accelerate, which would deal the numbers out to the processes.
         """
-        assert isinstance(self.train_dataset, TrainingSamples)
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.args.seed),
-        )
+        assert isinstance(self.train_dataset, _Steps)
+        return DataLoader(self.train_dataset, generator=torch.Generator())
+
+    def num_examples(self, dataloader: object) -> int:
+        """Returns the samples of an epoch; Trainer's own looks at the loader, which holds windows."""
+        return len(self.windows.order)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor]:
-        """Fetches a window's micro-batches of this rank; counts, over all ranks, what its loss is divided by."""
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Iterator[PackedBatch]], int]:
+        """Starts a window: returns its micro-batches of this rank, still to be made, and what its loss is divided by.
+
+        Every process knows the whole window, so that no counts have to be exchanged.
+        """
+        assert num_batches == 1
         started = time.perf_counter()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = torch.tensor(
-            [
-                sum(_num_samples(batch) for batch in batches),
-                sum(_num_supervised(batch) for batch in batches),
-                sum(int(batch["attention_mask"].sum()) for batch in batches),
-            ],
-            device=device,
-        )
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        assert isinstance(counts, torch.Tensor)
-        samples, _, tokens = counts.tolist()
-        self.window = Window(samples, tokens, started, loss=torch.zeros((), device=device))
-        return batches, counts[0 if self.loss_weighting == "sample_mean" else 1]
+        next(epoch_iterator)
+        step = self.state.global_step
+        plan = self.windows.plan(step)
+        self.window = Window(plan, started, loss=torch.zeros((), device=device))
+        count = plan.samples if self.loss_weighting == "sample_mean" else plan.supervised
+        return [self.reader.read(step, self.state.max_steps)], count
+
+    def training_step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: nn.Module, inputs: Iterator[PackedBatch], num_items_in_batch: int
+    ) -> torch.Tensor:
+        """Runs a window's micro-batches forward and backward; keeps its loss, for the guard to look at.
+
+        The gradients of processes are averaged at the last micro-batch.
+        """
+        assert self.window is not None
+        model.train()
+        number_of_last = len(self.window.plan.micro_batches)
+        for number, batch in enumerate(inputs, start=1):
+            with nullcontext() if number == number_of_last else self.accelerator.no_sync(model):
+                self.window.loss += self.micro_step(model, batch, num_items_in_batch)
+        return self.window.loss
+
+    def micro_step(self, model: nn.Module, batch: PackedBatch, num_items_in_batch: int) -> torch.Tensor:
+        """Runs one micro-batch forward and backward; returns its share of the loss, without a gradient."""
+        on_device = batch.to(self.args.device, non_blocking=True)
+        if self.cache is not None:
+            on_device = compute_missing(on_device, self.cache, base_of(self.accelerator.unwrap_model(model)))
+        loss = self.compute_loss(model, on_device, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: PackedBatch,
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
         """Returns a micro-batch's share of its window's loss.
 
         Multiplied by the number of processes: they are going to average their gradients, and the losses they log.
         """
         assert num_items_in_batch is not None and not return_outputs
-        loss = model(**inputs, supervised_only=True, use_cache=False).loss
-        if "pixel_values" not in inputs and self._image_parameters:
+        loss = model(packed=inputs).loss
+        if inputs.crops is None and self._image_parameters:
             # Every micro-batch reaches every trained parameter. Otherwise a process whose last micro-batch has no
             # image keeps its gradients of CLIP to itself, and the processes' weights drift apart.
             loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._image_parameters]).sum()
         return loss * (self.args.world_size / num_items_in_batch)
 
-    def training_step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Runs one micro-batch forward and backward; keeps its loss, for the guard to look at."""
-        loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
-        assert self.window is not None
-        self.window.loss += loss
-        return loss
+    def floating_point_ops(self, inputs: object) -> int:
+        """Returns 0: Trainer's estimate looks for token ids, and nothing reads the sum."""
+        return 0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer computes the norm right before ``on_pre_optimizer_step``, and tells callbacks only after the step.
@@ -236,20 +247,14 @@ class Phi3VTrainer(Trainer):
         restore_weights(self.model if model is None else model, Path(resume_from_checkpoint))  # pyright: ignore[reportArgumentType]
 
 
-class _EpochOrder(TrainerCallback):
-    """Tells the sampler its epoch, also when an epoch is resumed in its middle: Trainer's own call misses that."""
+class _Steps(Dataset[int]):
+    """The numbers of an epoch's windows."""
 
-    def __init__(self, sampler: WindowSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._sampler.set_epoch(state.global_step // self._sampler.num_windows)
+    def __len__(self) -> int:
+        return len(self._windows)
 
-
-def _num_samples(batch: Batch) -> int:
-    """Counts the rows that have something to learn; fillers have not."""
-    return int((batch["labels"][:, 1:] != IGNORED_LABEL).any(dim=1).sum())
-
-
-def _num_supervised(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+    def __getitem__(self, number: int) -> int:
+        return number

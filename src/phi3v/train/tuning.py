@@ -71,6 +71,13 @@ def choose_precision(config: TrainConfig, device: str) -> Precision:
     return Precision(name=name, weights=DTYPE_NAMES[name] if config.trains_adapters else "float32")
 
 
+def base_of(model: nn.Module) -> Phi3VForCausalLM:
+    """Returns the model under its adapters, or the model itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, Phi3VForCausalLM)
+    return base
+
+
 def select_trainable(model: Phi3VForCausalLM, config: TrainConfig) -> None:
     """Sets ``requires_grad`` of every parameter: on in the parts that the run trains, off in the others.
 
@@ -129,18 +136,6 @@ def adaptable_modules(model: Phi3VForCausalLM, part: str) -> list[nn.Module]:
         return []
     pattern = re.compile(adapted_modules(model, (part,)))
     return [module for name, module in model.named_modules() if pattern.fullmatch(name)]
-
-
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recomputes layers in the backward pass, without re-entering autograd.
-
-    The reentrant kind gives no gradient to a layer whose input needs none: adapters on CLIP would stay at their start,
-    without an error.
-    """
-    with warnings.catch_warnings():
-        # transformers 5.23 renamed the method and warns; 5.17 has this name only, and both keep it until 6.
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore[reportCallIssue]
 
 
 def learning_rate_of(part: str, config: TrainConfig) -> float:

@@ -1,20 +1,24 @@
+"""Prompts padded for generation; training samples packed into one row, from which they can be read back."""
+
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from phi3v.data.collate import Collator
-from phi3v.data.encode import Encoded
+from phi3v.data.collate import Collator, PackCollator, PackSample
+from phi3v.data.encode import Encoded, EncodedText
+from phi3v.data.packing import Stem
+from phi3v.geometry import num_image_tokens
+from phi3v.model.packed import PackedBatch, PackLayout
+from training import unpack
 
 PAD = 9
 
 
-def encoded(length: int, num_supervised: int = 0, crops: tuple[int, ...] = (), value: float = 1.0) -> Encoded:
+def encoded(length: int, crops: tuple[int, ...] = (), value: float = 1.0) -> Encoded:
     """Ids are ``PAD`` throughout, as a mask made by comparing ids would get them wrong."""
     sample = Encoded(input_ids=torch.full((length,), PAD))
-    if num_supervised:
-        sample["labels"] = torch.tensor([-100] * (length - num_supervised) + [PAD] * num_supervised)
     if crops:
         sample["pixel_values"] = torch.zeros(len(crops), max(crops), 3, 4, 4)
         for row, count in enumerate(crops):
@@ -26,35 +30,21 @@ def encoded(length: int, num_supervised: int = 0, crops: tuple[int, ...] = (), v
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_are_padded_and_masked_by_length(side):
     lengths = [3, 5, 1]
-    batch = Collator(0, side)([encoded(length, 1) for length in lengths])
+    batch = Collator(0, side)([encoded(length) for length in lengths])
     for row, length in enumerate(lengths):
         own = slice(0, length) if side == "right" else slice(5 - length, 5)
         mask = torch.zeros(5, dtype=torch.int64)
         mask[own] = 1
         assert torch.equal(batch["attention_mask"][row], mask)
         assert torch.equal(batch["input_ids"][row], mask * PAD)
-        assert batch["labels"][row].tolist() == [PAD if j == range(5)[own][-1] else -100 for j in range(5)]
 
 
-def test_a_pad_token_inside_a_sample_stays_visible():
+def test_a_pad_token_inside_a_prompt_stays_visible():
     assert Collator(PAD)([encoded(3), encoded(2)])["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_sample_mean_weights_make_the_summed_loss_a_sum_of_sample_means():
-    batch = Collator(0, loss_weighting="sample_mean")([encoded(6, 4), encoded(3, 1)])
-    token_losses = torch.rand(2, 6)
-    expected = token_losses[0, 2:].mean() + token_losses[1, 2]
-    assert torch.isclose((batch["loss_weights"] * token_losses).sum(), expected)
-    assert torch.equal(batch["loss_weights"] > 0, batch["labels"] != -100)
-
-
-def test_token_mean_weights_are_one_on_every_answer_token():
-    batch = Collator(0, loss_weighting="token_mean")([encoded(6, 4), encoded(3, 1)])
-    assert torch.equal(batch["loss_weights"], (batch["labels"] != -100).float())
-
-
-def test_images_of_all_samples_follow_one_another():
-    samples = [encoded(2, 1, (3, 2), value=1), encoded(2, 1), encoded(2, 1, (5,), value=7)]
+def test_images_of_all_prompts_follow_one_another():
+    samples = [encoded(2, (3, 2), value=1), encoded(2), encoded(2, (5,), value=7)]
     batch = Collator(0)(samples)
     assert batch["pixel_values"].shape == (3, 5, 3, 4, 4)
     assert batch["pixel_values"][:, :, 0, 0, 0].tolist() == [[1, 1, 1, 0, 0], [2, 2, 0, 0, 0], [7] * 5]
@@ -67,7 +57,7 @@ def collate_and_tell(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor
 
 
 def test_a_loaders_worker_writes_images_to_the_memory_that_it_shares():
-    samples = [encoded(2, 1, (3, 2)), encoded(4, 1, (5,), value=7), encoded(3, 1)]
+    samples = [encoded(2, (3, 2)), encoded(4, (5,), value=7), encoded(3)]
     loader = DataLoader(samples, batch_size=3, num_workers=1, collate_fn=collate_and_tell)  # pyright: ignore[reportArgumentType]
     [(batch, was_shared)] = loader
     assert was_shared  # otherwise the loader copies the whole batch once more
@@ -79,31 +69,144 @@ def test_a_loaders_worker_writes_images_to_the_memory_that_it_shares():
 
 def test_only_what_is_there_enters_the_batch():
     assert set(Collator(0)([encoded(2)])) == {"input_ids", "attention_mask"}
-    assert set(Collator(0)([encoded(2, 1)])) == {"input_ids", "attention_mask", "labels", "loss_weights"}
     assert set(Collator(0)([encoded(2, crops=(1,))])) == {
         "input_ids",
         "attention_mask",
         "pixel_values",
         "image_sizes",
     }
+    with pytest.raises(ValueError, match="at least one"):
+        Collator(0)([])
 
 
 def test_types():
-    batch = Collator(0)([encoded(2, 1, (1,)), encoded(3, 1)])
-    whole = ("input_ids", "attention_mask", "labels", "image_sizes")
-    assert {batch[key].dtype for key in whole} == {torch.int64}
-    assert {batch[key].dtype for key in ("loss_weights", "pixel_values")} == {torch.float32}
+    batch = Collator(0)([encoded(2, (1,)), encoded(3)])
+    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "image_sizes")} == {torch.int64}
+    assert batch["pixel_values"].dtype == torch.float32
 
 
-def test_prompts_and_training_samples_do_not_mix():
-    with pytest.raises(ValueError, match="collate prompts and training samples apart"):
-        Collator(0)([encoded(2), encoded(2, 1)])
-    with pytest.raises(ValueError, match="at least one"):
-        Collator(0)([])
+IMAGE, SIDE, SHORT = 7, 2, 60
+GRIDS = {"a": (1, 1), "b": (1, 2)}
+"""Of 13 and 17 rows."""
+
+
+def sample(images: str, question: int, answer: int, counts: bool = True, first_id: int = 100) -> PackSample:
+    """A sample of the published form: ``<s>``, opening, images, a question and an answer of so many tokens."""
+    ids = [1, 2]
+    for image in images:
+        ids += [IMAGE] * num_image_tokens(GRIDS[image], SIDE)
+    stem = Stem(len(ids), len(images), sum(r * c + 1 for r, c in map(GRIDS.get, images)), b"") if images else Stem()
+    ids += range(first_id, first_id + question + answer)
+    labels = [-100] * (len(ids) - answer) + ids[len(ids) - answer :]
+    grids = tuple(GRIDS[image] for image in images)
+    text = EncodedText(torch.tensor(ids), torch.tensor(labels), grids, tuple(range(len(images))), stem)
+    return PackSample(text, tuple(images), counts)
+
+
+def crops() -> dict[str, torch.Tensor]:
+    return {"a": torch.full((2, 3, 4, 4), 1.0), "b": torch.full((3, 3, 4, 4), 2.0)}
+
+
+def pack(*groups: Sequence[PackSample], **options) -> PackedBatch:
+    return PackCollator(IMAGE, tokens_per_side=SIDE, short_positions=SHORT, **options)(groups, crops())
+
+
+def test_every_sample_can_be_read_back_from_the_row():
+    groups = [
+        [sample("a", 3, 2), sample("a", 1, 4, first_id=200)],
+        [sample("", 5, 1)],
+        [sample("ab", 2, 2)],
+        [sample("ab", 2, 3), sample("ab", 4, 1, first_id=300)],
+        [sample("b", 2, 1)],
+    ]
+    batch = pack(*groups)
+    wholes = [groups[1][0], groups[2][0], groups[4][0]]
+    order = [*wholes, *groups[0], *groups[3]]
+    for sequence, one in zip(unpack(batch), order, strict=True):
+        ids, labels = one.text.input_ids, one.text.labels
+        assert torch.equal(sequence["input_ids"][0], ids) and torch.equal(sequence["labels"][0], labels)
+        is_supervised = (labels != -100).float()
+        torch.testing.assert_close(sequence["loss_weights"][0], is_supervised / is_supervised.sum())
+        assert ("pixel_values" in sequence) == bool(one.image_keys)
+        for pixels, key in zip(sequence.get("pixel_values", []), one.image_keys, strict=True):
+            assert torch.equal(pixels[: len(crops()[key])], crops()[key])
+    assert (batch.num_samples, batch.num_positions) == (7, sum(len(one.text.input_ids) for one in order))
+
+
+def test_what_begins_alike_is_there_once_and_so_is_every_image():
+    batch = pack([sample("a", 3, 2), sample("a", 1, 4)], [sample("", 5, 1)], [sample("a", 9, 1)])
+    assert batch.layout == PackLayout(stems=(15,), wholes=(8, 25), branches=((5, 5),))
+    assert batch.image_keys == ("a",) and batch.grids == ((1, 1),)
+    assert batch.crops is not None and batch.crops.shape == (2, 3, 4, 4)
+    assert batch.image_rows.tolist() == [*range(13), *range(13)]
+    assert batch.image_positions.tolist() == [*range(2, 15), *range(15 + 8 + 2, 15 + 8 + 15)]
+    assert batch.position_ids.tolist() == [*range(15), *range(8), *range(25), *range(15, 20), *range(15, 20)]
+
+
+def test_an_image_whose_rows_are_at_hand_is_not_computed():
+    """Its rows come behind those that are computed."""
+    groups = [[sample("a", 3, 2)], [sample("ab", 1, 4)]]
+    collate = PackCollator(IMAGE, tokens_per_side=SIDE, short_positions=SHORT)
+    rows = torch.arange(13.0)[:, None]
+    batch = collate(groups, {"b": crops()["b"]}, {"a": rows})
+    assert batch.image_keys == ("b",) and batch.grids == ((1, 2),)
+    assert batch.crops is not None and torch.equal(batch.crops, crops()["b"])
+    assert torch.equal(batch.features, rows)
+    assert batch.image_rows.tolist() == [*range(17, 30), *range(17, 30), *range(17)]
+
+
+def test_a_group_that_does_not_begin_alike_after_all_shares_nothing():
+    """Whoever planned it compared hashes."""
+    other_text = sample("a", 1, 1)
+    other_text.text.input_ids[1] = 3
+    groups = [sample("a", 3, 2), sample("b", 3, 2)], [sample("a", 1, 1), other_text], [sample("", 2, 1)] * 2
+    assert pack(*groups).layout.stems == ()
+    long = sample("a", SHORT - 15, 1)
+    assert len(long.text.input_ids) == SHORT + 1
+    batch = pack([sample("a", SHORT - 16, 1), long, sample("a", 1, 1), long])
+    assert batch.layout.stems == (15, 15) and batch.layout.branches == ((45, 2), (46, 46))
+    assert batch.is_long.tolist() == [False] * 15 + [True] * 15 + [False] * 47 + [True] * 92
+
+
+def test_token_mean_weights_are_one_and_a_filler_weighs_nothing():
+    batch = pack([sample("", 2, 2)], [sample("", 3, 1)], loss_weighting="token_mean")
+    assert batch.target_weights.tolist() == [1, 1, 1]
+    batch = pack([sample("a", 3, 2, counts=False)])
+    assert batch.target_weights.tolist() == [0, 0] and batch.target_positions.tolist() == [17, 18]
+    assert (batch.num_samples, batch.num_positions) == (0, 0)
+
+
+def test_wholes_of_nearly_one_length_are_filled_up_to_it():
+    """A position's worth of filling on 99; behind the last token, seen by nobody, and no target."""
+    shorter, longer = sample("", 46, 1), sample("", 47, 1, first_id=200)
+    assert (len(shorter.text.input_ids), len(longer.text.input_ids)) == (49, 50)
+    batch = pack([shorter], [longer], alignment=2)
+    assert batch.layout == PackLayout(wholes=(50, 50))
+    assert torch.equal(batch.input_ids[:49], shorter.text.input_ids)
+    assert torch.equal(batch.input_ids[50:], longer.text.input_ids)
+    assert batch.position_ids.tolist() == [*range(50), *range(50)]
+    assert batch.target_positions.tolist() == [47, 98] and batch.num_positions == 99
+    assert pack([shorter], [longer]).layout == PackLayout(wholes=(49, 50))
+    uneven = pack([sample("", 46, 1)], [sample("", 40, 1)], alignment=2)
+    assert uneven.layout == PackLayout(wholes=(49, 43))
+
+
+def test_text_only_has_no_crops():
+    batch = pack([sample("", 2, 2)])
+    assert batch.crops is None and batch.grids == () and batch.image_keys == ()
+    assert batch.image_positions.shape == batch.image_rows.shape == (0,)
+
+
+def test_types_of_a_packed_batch():
+    batch = pack([sample("a", 2, 2)], [sample("", 2, 2)])
+    whole = ("input_ids", "position_ids", "target_positions", "target_ids", "image_positions", "image_rows")
+    assert {getattr(batch, name).dtype for name in whole} == {torch.int64}
+    assert batch.is_long.dtype == torch.bool and batch.target_weights.dtype == torch.float32
+    assert batch.crops is not None and batch.crops.dtype == torch.float32
 
 
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="must be right or left"):
         Collator(0, "centre")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="must be sample_mean or token_mean"):
-        Collator(0, loss_weighting="sum")  # pyright: ignore[reportArgumentType]
+        pack([sample("", 1, 1)], loss_weighting="sum")

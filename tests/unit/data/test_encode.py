@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from phi3v.data.encode import OVERLONG, SampleEncoder
-from phi3v.data.schema import Sample, SampleError, Turn, parse_sample, render
+from phi3v.data.schema import IMAGE_TAG, Sample, SampleError, Turn, parse_sample, render
+from phi3v.geometry import num_image_tokens
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 SQUARE = (336, 336)
@@ -198,6 +199,57 @@ def test_measured_lengths_are_the_encoded_ones(processor, drawn):
     assert lengths.crops == crops_of(encoded)
 
 
+@settings(max_examples=60, deadline=None)
+@given(samples())
+def test_a_stem_ends_with_the_leading_images_and_leaves_the_question(processor, drawn):
+    sample, sizes = drawn
+    encoder = SampleEncoder(processor)
+    text, stem = encoder.encode_text(sample, sizes), encoder.measure(sample, sizes).stem
+    assert text.stem == stem
+    pieces = IMAGE_TAG.split(render(sample)[0].text)[::2]
+    leading = 0
+    while leading < len(pieces) - 1 and (leading == 0 or not pieces[leading].strip()):
+        leading += 1
+    assert stem.images == leading
+    ids = text.input_ids.tolist()
+    is_image = [token == processor.image_token_id for token in ids]
+    shown = [num_image_tokens(grid) for grid in text.grids[:leading]]
+    assert sum(is_image[: stem.tokens]) == sum(shown) and (not leading or is_image[stem.tokens - 1])
+    assert stem.crops == sum(rows * columns + 1 for rows, columns in text.grids[:leading])
+    assert (text.labels[: stem.tokens + 1] == -100).all() and stem.tokens + 1 < len(ids)
+
+
+def test_stems_are_equal_where_samples_begin_alike(processor):
+    encoder = SampleEncoder(processor)
+
+    def digest(**changes) -> bytes:
+        sample = sample_of(*changes.pop("turns", [{"user": "why", "assistant": "so", "images": ["a", "b"]}]), **changes)
+        return encoder.measure(sample, [SQUARE, SQUARE]).stem.digest
+
+    first = digest()
+    assert digest(turns=[{"user": "how", "assistant": "no", "images": ["x", "y"]}]) == first  # which image: the path
+    assert digest(turns=[{"user": "<|image_1|>\n<|image_2|>\nhow", "assistant": "n", "images": ["x", "y"]}]) == first
+    others = [
+        digest(num_crops=4),
+        digest(system="Be brief."),
+        digest(turns=[{"user": "<|image_1|> and <|image_2|>\nhow", "assistant": "n", "images": ["x", "y"]}]),
+        digest(turns=[{"user": "See <|image_1|>\n<|image_2|>\nhow", "assistant": "n", "images": ["x", "y"]}]),
+        digest(turns=[{"user": "u", "assistant": "n"}, {"user": "v", "assistant": "n", "images": ["x", "y"]}]),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_a_cut_sample_begins_as_it_is_cut(processor):
+    sample = one_turn(user="<|image_1|> and <|image_2|> which", assistant="so", images=["a", "b"])
+    encoder = SampleEncoder(processor)
+    full = encoder.measure(sample, [SQUARE, SQUARE])
+    cut = SampleEncoder(processor, max_length=full.tokens - 3, on_overlong="cut")
+    assert full.stem.images == 1
+    text = cut.encode_text(sample, [SQUARE, SQUARE])
+    assert text.stem == cut.measure(sample, [SQUARE, SQUARE]).stem
+    assert text.input_ids[text.stem.tokens - 1] == processor.image_token_id
+
+
 def tokens_of(sample, sizes, processor) -> int:
     return SampleEncoder(processor).measure(sample, sizes).tokens
 
@@ -218,7 +270,7 @@ def test_a_cut_takes_text_and_nothing_else(processor, drawn, fraction):
         return
     ids = cut["input_ids"].tolist()
     assert len(ids) <= max_length
-    assert encoder.measure(sample, sizes) == (len(ids), (cut["labels"] != -100).sum(), crops_of(cut), True)
+    assert encoder.measure(sample, sizes)[:4] == (len(ids), (cut["labels"] != -100).sum(), crops_of(cut), True)
     frame = [processor.image_token_id, processor.bos_token_id, *processor.stop_token_ids]
     frame += [processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "<|assistant|>")]
     assert [token for token in ids if token in frame] == [token for token in full if token in frame]
@@ -269,7 +321,7 @@ def test_an_over_long_sample_is_refused_or_reported(processor):
         refusing.measure(sample, [SQUARE])
     assert caught.value.reason == OVERLONG
     dropping = SampleEncoder(processor, max_length=full - 1, on_overlong="drop")
-    assert dropping.measure(sample, [SQUARE]) == (full, 5, 2, True)  # ▁Red <|end|> ▁ \\n <|endoftext|>
+    assert dropping.measure(sample, [SQUARE])[:4] == (full, 5, 2, True)  # ▁Red <|end|> ▁ \\n <|endoftext|>
     with pytest.raises(SampleError, match="exceed max_length"):
         dropping.encode(sample, [square()])
 

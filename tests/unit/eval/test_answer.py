@@ -8,20 +8,36 @@ import pytest
 import torch
 from PIL import Image
 
-from phi3v.data.collate import Collator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
+from phi3v.errors import DataError
 from phi3v.eval import answer
 from phi3v.eval.answer import EvalSettings, Prediction, Share, answer_questions
-from phi3v.eval.generate import answer_batch
-from phi3v.eval.likelihood import label_log_likelihoods, label_token_ids
+from phi3v.eval.engine import Engine
+from phi3v.eval.likelihood import label_token_ids
+from phi3v.eval.prompts import Picture, Prompt
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
+from prompting import plain_log_likelihood, plain_tokens
 
 
 def asking(**changes: Any) -> EvalSettings:
     settings: dict[str, Any] = {"metric": "accuracy", "batch_size": 2, "max_new_tokens": 2, "progress": False}
     return EvalSettings(**{**settings, **changes})
+
+
+def prompt_of(processor: Phi3VProcessor, dataset: ConversationDataset, index: int, turn: int) -> Prompt:
+    """A question's prompt as the encoder gives it, alone."""
+    sample = dataset[index]
+    encoded = SampleEncoder(processor).encode_prompt(sample, dataset.load_images(sample, turn), turn)
+    pictures: list[Picture] = []
+    if "pixel_values" in encoded and "image_sizes" in encoded:
+        for number, (crops, size) in enumerate(
+            zip(encoded["pixel_values"], encoded["image_sizes"].tolist(), strict=True)
+        ):
+            rows, columns = (side // crops.shape[-1] for side in size)
+            pictures.append(Picture(str(number), crops[: rows * columns + 1], (rows, columns)))
+    return Prompt(encoded["input_ids"].tolist(), tuple(pictures))
 
 
 @pytest.fixture
@@ -46,17 +62,54 @@ def dataset(tmp_path: Path) -> ConversationDataset:
     return ConversationDataset(tmp_path / "data.jsonl")
 
 
-def test_batched_answers_equal_single_ones(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, dataset: ConversationDataset
+@pytest.mark.parametrize("batch_size", [1, 2, 3, None])
+def test_answers_are_those_of_plain_greedy_decoding(
+    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, dataset: ConversationDataset, batch_size: int | None
 ) -> None:
-    def answers(batch_size: int) -> list[str]:
-        predictions = answer_questions(tiny_model, processor, dataset, asking(batch_size=batch_size, max_new_tokens=6))
-        return [one.prediction for one in predictions]
+    for one in answer_questions(tiny_model, processor, dataset, asking(batch_size=batch_size, max_new_tokens=6)):
+        prompt = prompt_of(processor, dataset, int(one.id.removeprefix("s")), one.turn)
+        tokens = plain_tokens(tiny_model, prompt, 6, processor.stop_token_ids)
+        assert one.prediction == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() != ""
 
-    single = answers(1)
-    assert any(single)
-    assert answers(3) == single
-    assert answers(8) == single
+
+def test_no_more_questions_are_held_at_once_than_are_asked_for(
+    tiny_model: Phi3VForCausalLM,
+    processor: Phi3VProcessor,
+    dataset: ConversationDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[int] = []
+    original = Engine.answer
+
+    def counted(engine: Engine, groups: Any) -> Any:
+        answers = original(engine, groups)
+        held.append(len(answers))
+        return answers
+
+    monkeypatch.setattr(Engine, "answer", counted)
+    for batch_size, expected in ((1, [1] * 5), (3, [2, 3]), (None, [5])):
+        held.clear()
+        answer_questions(tiny_model, processor, dataset, asking(batch_size=batch_size))
+        assert sorted(held) == expected
+
+
+def test_an_image_is_cut_once_for_all_questions_about_it(
+    tiny_model: Phi3VForCausalLM,
+    processor: Phi3VProcessor,
+    dataset: ConversationDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first image is shown by three questions; the third also by another sample that begins differently."""
+    cut: list[tuple[int, int]] = []
+    original = SampleEncoder.cut
+
+    def counted(encoder: SampleEncoder, sample: Any, image: Image.Image) -> torch.Tensor:
+        cut.append(image.size)
+        return original(encoder, sample, image)
+
+    monkeypatch.setattr(SampleEncoder, "cut", counted)
+    answer_questions(tiny_model, processor, dataset, asking(batch_size=8))
+    assert sorted(cut) == [(30, 80), (56, 56), (90, 40)]
 
 
 def test_every_turn_is_a_question_in_the_order_of_the_data(
@@ -81,14 +134,16 @@ def test_later_turns_see_the_gold_answers_of_earlier_ones(
     tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, dataset: ConversationDataset
 ) -> None:
     """The reference asks with the whole history written out by hand."""
-    predictions = answer_questions(tiny_model, processor, dataset, asking(batch_size=1, max_new_tokens=5))
+    predictions = answer_questions(tiny_model, processor, dataset, asking(max_new_tokens=5))
     images = dataset.load_images(dataset[3])
     text = (
         "<|user|>\n<|image_1|>\nFirst?<|end|>\n<|assistant|>\nc<|end|>\n"
         "<|user|>\nSecond <|image_2|>?<|end|>\n<|assistant|>\n"
     )
     inputs = processor(text, images, return_tensors="pt")
-    assert predictions[4].prediction == answer_batch(tiny_model, processor, dict(inputs), 5)[0]
+    assert inputs["input_ids"][0].tolist() == prompt_of(processor, dataset, 3, 1).ids
+    tokens = plain_tokens(tiny_model, prompt_of(processor, dataset, 3, 1), 5, processor.stop_token_ids)
+    assert predictions[4].prediction == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def test_the_training_flag_and_random_state_are_as_before(
@@ -125,11 +180,8 @@ def test_probabilities_are_the_softmax_of_the_labels_log_likelihoods(
     found = answer_questions(tiny_model, processor, dataset, asking(scoring=scoring, labels=labels))
     ids = [label_token_ids(processor, label) for label in labels]
     for one, other in zip(found, generated, strict=True):
-        index = int(one.id.removeprefix("s"))
-        images = dataset.load_images(dataset[index], one.turn)
-        prompt = SampleEncoder(processor).encode_prompt(dataset[index], images, one.turn)
-        inputs = Collator(processor.tokenizer.pad_token_id, padding_side="left")([prompt])
-        (expected,) = label_log_likelihoods(tiny_model, inputs, [ids])
+        prompt = prompt_of(processor, dataset, int(one.id.removeprefix("s")), one.turn)
+        expected = torch.tensor([plain_log_likelihood(tiny_model, prompt, label) for label in ids])
         assert one.probabilities == pytest.approx(expected.softmax(0).tolist(), rel=1e-4)
         assert sum(one.probabilities or ()) == pytest.approx(1)
         likeliest = labels[int(expected.argmax())]
@@ -144,7 +196,7 @@ def test_processes_answer_every_question_once_and_together_what_one_answers(
     dataset: ConversationDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seven processes for five questions: two of them have nothing to do."""
+    """Seven processes for five questions, of which some share an image: some of them have nothing to do."""
     settings = asking(scoring=scoring, labels=["no", "a", "b", "c", "d"])
     alone = answer_questions(tiny_model, processor, dataset, settings)
     shares: list[list[Any]] = []
@@ -158,8 +210,27 @@ def test_processes_answer_every_question_once_and_together_what_one_answers(
         shares.clear()
         for rank in range(num_ranks):
             answer_questions(tiny_model, processor, dataset, settings, Share(rank, num_ranks))
-        assert sorted(map(len, shares)) in ([2, 3], [0, 0, 1, 1, 1, 1, 1])
+        assert sorted(map(len, shares)) in ([2, 3], [0, 0, 0, 1, 1, 1, 2])
         together: list[Prediction] = [one for _, one in sorted(pair for share in shares for pair in share)]
         for one, other in zip(together, alone, strict=True):
             assert (one.id, one.turn, one.prediction) == (other.id, other.turn, other.prediction)
             assert (one.probabilities or ()) == pytest.approx(other.probabilities or (), rel=1e-4)
+
+
+def test_an_image_that_is_gone_since_the_check_is_named(
+    tiny_model: Phi3VForCausalLM,
+    processor: Phi3VProcessor,
+    dataset: ConversationDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = dataset.image_path(dataset[2], "2.png")
+    list_questions = answer.list_questions
+
+    def list_and_lose(*given: Any) -> Any:
+        questions = list_questions(*given)
+        path.unlink()
+        return questions
+
+    monkeypatch.setattr(answer, "list_questions", list_and_lose)
+    with pytest.raises(DataError, match=r"data\.jsonl:\d.*2\.png.*does not exist"):
+        answer_questions(tiny_model, processor, dataset, asking())

@@ -1,29 +1,25 @@
-"""Generation from one batch or one prompt."""
+"""Generation from one prompt."""
 
 import pytest
-import torch
 from PIL import Image
 
 from phi3v.errors import DataError
-from phi3v.eval.generate import answer_batch, generate_once
+from phi3v.eval.generate import generate_once
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
+from prompting import IMAGES, Ask, plain_tokens
 
 
-def test_answers_stop_at_the_end_of_the_turn(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
-    """A model that always predicts <|end|> answers with nothing, at once."""
-    end = processor.stop_token_ids[1]
-    with torch.no_grad():
-        tiny_model.model.norm.weight.zero_()
-        tiny_model.lm_head = torch.nn.Linear(32, tiny_model.config.vocab_size)
-        tiny_model.lm_head.bias.zero_()
-        tiny_model.lm_head.bias[end] = 1
-    inputs = dict(processor("<|user|>\nHi<|end|>\n<|assistant|>\n", return_tensors="pt"))
-    steps: list[object] = []
-    tiny_model.generation_config.eos_token_id = None
-    tiny_model.register_forward_hook(lambda *call: steps.append(call))
-    assert answer_batch(tiny_model, processor, inputs, max_new_tokens=9) == [""]
-    assert len(steps) == 1
+@pytest.mark.parametrize("images", [["wide", "square"], ["square", "wide"]])
+def test_an_answer_is_the_text_of_the_generated_tokens(
+    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, ask: Ask, images: list[str]
+) -> None:
+    """Two images of different numbers of crops."""
+    prompt = ask("<|image_1|>\n<|image_2|>\nAlike?", images)
+    assert len({len(picture.crops) for picture in prompt.pictures}) == 2
+    expected = processor.tokenizer.decode(plain_tokens(tiny_model, prompt, 16), skip_special_tokens=True)
+    shown = [IMAGES[name] for name in images]
+    assert generate_once(tiny_model, processor, "Alike?", shown, max_new_tokens=16) == expected.strip() != ""
 
 
 def test_one_prompt_with_images_in_any_tag_order(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:

@@ -1,23 +1,25 @@
 """Label scores equal plain forwards, one for every prompt and label, however the labels are packed."""
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 
-from phi3v.data.collate import Collator
-from phi3v.data.dataset import ConversationDataset
-from phi3v.data.encode import IGNORED_LABEL, Encoded, SampleEncoder
-from phi3v.eval import likelihood
-from phi3v.eval.likelihood import label_log_likelihoods, label_token_ids
+from phi3v.data.encode import IGNORED_LABEL, SampleEncoder
+from phi3v.data.schema import Sample, Turn
+from phi3v.eval import engine as engine_module
+from phi3v.eval.engine import Answer, Engine
+from phi3v.eval.likelihood import label_probabilities, label_token_ids
+from phi3v.eval.prompts import Prompt
 from phi3v.model.checkpoint import load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
+from prompting import Ask, plain_log_likelihood, plain_tokens
 
 LABELS = ("Yes", "No", "Yes, but", "A much longer label, with a comma", "Y")
 """One is the beginning of two others."""
@@ -26,188 +28,161 @@ TOLERANCE = 2e-6
 """Relative, of a float32 sum of log-probabilities: other shapes sum in another order."""
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> ConversationDataset:
-    """Text only, one image, two images."""
-    (tmp_path / "images").mkdir()
-    for index, size in enumerate([(30, 80), (90, 40)]):
-        Image.frombytes("RGB", size, bytes((7 * index + k) % 256 for k in range(3 * size[0] * size[1]))).save(
-            tmp_path / "images" / f"{index}.png"
-        )
-    turns = [
-        {"user": "Is it so?", "assistant": "Yes"},
-        {"images": ["0.png"], "user": "Is there anything here at all?", "assistant": "No"},
-        {"images": ["1.png", "0.png"], "user": "Alike?", "assistant": "Yes"},
-    ]
-    lines = [json.dumps({"id": f"s{index}", "conversations": [turn]}) for index, turn in enumerate(turns)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return ConversationDataset(tmp_path / "data.jsonl")
+@pytest.fixture(scope="module")
+def labels(processor: Phi3VProcessor) -> tuple[tuple[int, ...], ...]:
+    return tuple(label_token_ids(processor, label) for label in LABELS)
 
 
-@pytest.fixture
-def prompts(processor: Phi3VProcessor, dataset: ConversationDataset) -> list[Encoded]:
-    encoder = SampleEncoder(processor)
+def answer(model: Any, prompts: Sequence[Prompt], num_tokens: int = 4) -> list[Answer]:
+    engine = Engine(model, stop_token_ids=(), max_new_tokens=num_tokens)
+    answers = engine.answer(engine.group(prompts))
+    return [answers[prompt] for prompt in prompts]
+
+
+def with_labels(prompts: Sequence[Prompt], *sets: Sequence[tuple[int, ...]], generated: bool = False) -> list[Prompt]:
+    """The prompts with sets of labels in turn."""
     return [
-        encoder.encode_prompt(dataset[index], dataset.load_images(dataset[index]), turn=0)
-        for index in range(len(dataset))
+        replace(prompt, labels=tuple(sets[number % len(sets)]), is_generated=generated)
+        for number, prompt in enumerate(prompts)
     ]
 
 
-def text_prompt(processor: Phi3VProcessor, num_tokens: int) -> Encoded:
-    ids = processor.encode("<|user|>\n" + "why " * num_tokens)[:num_tokens]
-    return Encoded(input_ids=torch.tensor(ids))
+def assert_plain(model: Any, prompts: Sequence[Prompt]) -> None:
+    for prompt, found in zip(prompts, answer(model, prompts), strict=True):
+        expected = [plain_log_likelihood(model, prompt, label) for label in prompt.labels]
+        assert found.log_likelihoods == pytest.approx(expected, rel=TOLERANCE)
+        assert found.tokens == (plain_tokens(model, prompt, 4) if prompt.is_generated else [])
 
 
-def score(
-    model: object, processor: Phi3VProcessor, prompts: Sequence[Encoded], labels: Sequence[str]
-) -> list[list[float]]:
-    inputs = Collator(processor.tokenizer.pad_token_id, padding_side="left")(prompts)
-    ids = [label_token_ids(processor, label) for label in labels]
-    return [row.tolist() for row in label_log_likelihoods(model, inputs, [ids] * len(prompts))]
-
-
-@torch.no_grad()
-def plain(model: object, processor: Phi3VProcessor, prompt: Encoded, label: str) -> float:
-    """The reference: prompt and label as one sequence without padding, cache or mask."""
-    answer = label_token_ids(processor, label)
-    ids = torch.cat([prompt["input_ids"], torch.tensor(answer)])[None]
-    images = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
-    logits = model(input_ids=ids, **images).logits[0, -len(answer) - 1 : -1]  # pyright: ignore
-    return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
-
-
-def assert_plain(
-    model: object,
-    processor: Phi3VProcessor,
-    prompts: Sequence[Encoded],
-    labels: Sequence[str],
-) -> None:
-    found = score(model, processor, prompts, labels)
-    expected = [[plain(model, processor, prompt, label) for label in labels] for prompt in prompts]
-    for row, expected_row in zip(found, expected, strict=True):
-        assert row == pytest.approx(expected_row, rel=TOLERANCE)
-        assert row.index(max(row)) == expected_row.index(max(expected_row))
-
-
-def test_a_label_has_the_tokens_that_training_supervises(
-    processor: Phi3VProcessor, dataset: ConversationDataset
-) -> None:
+def test_a_label_has_the_tokens_that_training_supervises(processor: Phi3VProcessor) -> None:
     end = processor.stop_token_ids[1]
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        supervised = SampleEncoder(processor).encode(sample, dataset.load_images(sample))["labels"].tolist()
-        answer = [token for token in supervised if token != IGNORED_LABEL]
-        assert label_token_ids(processor, sample.turns[0].assistant) == answer[: answer.index(end) + 1]
+    for label in LABELS:
+        turn = Turn(user="Is it so?", assistant=label, images=(), answers=(label,))
+        sample = Sample(id="s", turns=(turn,), system=None, num_crops=None, source=None, where="here:1")
+        supervised = SampleEncoder(processor).encode(sample, [])["labels"].tolist()
+        tokens = [token for token in supervised if token != IGNORED_LABEL]
+        assert list(label_token_ids(processor, label)) == tokens[: tokens.index(end) + 1]
 
 
+def test_probabilities_are_shares_of_the_likelihood() -> None:
+    assert label_probabilities([math.log(0.1), math.log(0.3)]) == pytest.approx((0.25, 0.75))
+    assert label_probabilities([-1e4, -1e4]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("generated", [False, True])
 def test_a_batch_with_images_equals_plain_forwards(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: list[Encoded]
+    tiny_model: Phi3VForCausalLM, prompts: list[Prompt], labels: tuple[tuple[int, ...], ...], generated: bool
 ) -> None:
-    assert_plain(tiny_model, processor, prompts, LABELS)
-    assert_plain(tiny_model, processor, prompts[1:2], LABELS[:1])
+    """Labels of their own, all of them, or none."""
+    assert_plain(tiny_model, with_labels(prompts, labels[:2], labels, labels[3:], generated=generated))
+    assert_plain(tiny_model, with_labels(prompts[1:2], labels[:1], generated=generated))
+    if generated:
+        assert_plain(tiny_model, with_labels(prompts, (), labels, generated=True))
 
 
-def test_rows_may_have_labels_of_their_own(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: list[Encoded]
-) -> None:
-    sets = [LABELS[:2], LABELS, LABELS[3:]]
-    inputs = Collator(processor.tokenizer.pad_token_id, padding_side="left")(prompts)
-    found = label_log_likelihoods(
-        tiny_model, inputs, [[label_token_ids(processor, label) for label in labels] for labels in sets]
-    )
-    for row, prompt, labels in zip(found, prompts, sets, strict=True):
-        expected = [plain(tiny_model, processor, prompt, label) for label in labels]
-        assert row.tolist() == pytest.approx(expected, rel=TOLERANCE)
-
-
+@pytest.mark.parametrize(("most_label_tokens", "most_prefill_tokens"), [(3, 16_384), (1024, 60), (7, 1)])
 def test_many_labels_are_scored_in_pieces(
     tiny_model: Phi3VForCausalLM,
-    processor: Phi3VProcessor,
-    prompts: list[Encoded],
+    prompts: list[Prompt],
+    labels: tuple[tuple[int, ...], ...],
     monkeypatch: pytest.MonkeyPatch,
+    most_label_tokens: int,
+    most_prefill_tokens: int,
 ) -> None:
-    """Pieces of two or three labels; the longest label alone is more than a piece should hold."""
-    monkeypatch.setattr(likelihood, "MOST_LABEL_TOKENS", 3 * 8)
-    assert_plain(tiny_model, processor, prompts, LABELS)
+    monkeypatch.setattr(engine_module, "MOST_LABEL_TOKENS", most_label_tokens)
+    monkeypatch.setattr(engine_module, "MOST_PREFILL_TOKENS", most_prefill_tokens)
+    assert_plain(tiny_model, with_labels(prompts, labels, generated=True))
 
 
-def test_with_an_adapter(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: list[Encoded]) -> None:
-    base = score(tiny_model, processor, prompts, LABELS)
+def test_with_an_adapter(
+    tiny_model: Phi3VForCausalLM, prompts: list[Prompt], labels: tuple[tuple[int, ...], ...]
+) -> None:
+    asked = with_labels(prompts[:3], labels)
+    base = answer(tiny_model, asked)[0].log_likelihoods
     torch.manual_seed(0)
     adapted = get_peft_model(
         tiny_model,
         LoraConfig(r=4, target_modules=r"lm_head|.*(qkv_proj|down_proj|img_projection\.0)", init_lora_weights=False),
     ).eval()
-    assert_plain(adapted, processor, prompts, LABELS)
-    assert score(adapted, processor, prompts, LABELS)[0][0] != pytest.approx(base[0][0], rel=1e-3)
+    assert_plain(adapted, asked)
+    assert answer(adapted, asked)[0].log_likelihoods[0] != pytest.approx(base[0], rel=1e-3)
 
 
-def test_with_eager_attention(tiny_dir: Path, processor: Phi3VProcessor, prompts: list[Encoded]) -> None:
-    assert_plain(load_model(tiny_dir, attention="eager"), processor, prompts, LABELS)
+def test_of_a_model_with_eager_attention(
+    tiny_dir: Path, prompts: list[Prompt], labels: tuple[tuple[int, ...], ...]
+) -> None:
+    assert_plain(load_model(tiny_dir, attention="eager"), with_labels(prompts[:3], labels))
 
 
 @pytest.mark.parametrize("rope_mode", ["auto", "short", "long"])
-def test_across_the_limit_of_the_short_factors(tiny_dir: Path, processor: Phi3VProcessor, rope_mode: str) -> None:
+def test_across_the_limit_of_the_short_factors(
+    tiny_dir: Path, ask: Ask, labels: tuple[tuple[int, ...], ...], rope_mode: str
+) -> None:
     """Labels of 2 to 10 tokens: from prompts that none of them carries over the limit to one that is over it itself."""
     model = load_model(tiny_dir, rope_mode=rope_mode)
     limit = 40
     assert isinstance(model, Phi3VForCausalLM)
-    model.model.rotary_emb.original_positions = limit
-    lengths = [len(label_token_ids(processor, label)) for label in LABELS]
+    lengths = [len(label) for label in labels]
     assert min(lengths) == 2 and max(lengths) >= 8
-    # Alone, and with neighbours of other lengths.
-    prompts = [text_prompt(processor, limit + shift) for shift in (-20, -5, -3, -1, 0, 1)]
-    for prompt in prompts:
-        assert_plain(model, processor, [prompt], LABELS)
-    assert_plain(model, processor, prompts, LABELS)
+    by_length = {len(one.ids): one for one in (ask("why " * number + "?") for number in range(1, 40))}
+    asked = with_labels([by_length[limit + shift] for shift in (-20, -5, -3, -1, 0, 1)], labels, generated=True)
+    before = answer(model, asked)[1].log_likelihoods[3]
+    model.model.rotary_emb.original_positions = limit
+    for prompt in asked:
+        assert_plain(model, [prompt])
+    assert_plain(model, asked)
+    is_changed = answer(model, asked)[1].log_likelihoods[3] != pytest.approx(before, abs=0.01)
+    assert is_changed == (rope_mode == "auto"), "the factors matter"
 
 
-def test_the_factors_matter_to_that_test(tiny_dir: Path, processor: Phi3VProcessor) -> None:
-    model = load_model(tiny_dir)
-    assert isinstance(model, Phi3VForCausalLM)
-    short = plain(model, processor, text_prompt(processor, 39), LABELS[3])
-    model.model.rotary_emb.original_positions = 40
-    assert abs(plain(model, processor, text_prompt(processor, 39), LABELS[3]) - short) > 0.05
-
-
-def test_images_are_embedded_once_and_prompts_once_a_regime(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: list[Encoded]
+def test_generation_and_labels_share_the_prompt(
+    tiny_model: Phi3VForCausalLM,
+    prompts: list[Prompt],
+    labels: tuple[tuple[int, ...], ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Five labels cost one pass over the prompt and one over the labels; the vision tower runs once."""
-    passes: list[int] = []
+    """An answer and five labels cost one row: the prompt once, its last position and a label's tokens for each."""
+    layouts: list[Any] = []
     images: list[int] = []
-    tiny_model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape[1]))
-    tiny_model.model.vision_embed_tokens.register_forward_hook(lambda _, inputs, __: images.append(len(inputs[0])))
-    layer_lengths: list[int] = []
-    tiny_model.model.layers[0].register_forward_hook(lambda _, inputs, __: layer_lengths.append(inputs[0].shape[1]))
-    num_label_tokens = sum(len(label_token_ids(processor, label)) for label in LABELS)
+    embed = engine_module.embed_packed
 
-    score(tiny_model, processor, prompts[2:], LABELS)
-    length = len(prompts[2]["input_ids"])
-    assert layer_lengths == [length, num_label_tokens]
+    def counted(model: Any, batch: Any) -> torch.Tensor:
+        layouts.append(batch.layout)
+        images.append(len(batch.image_keys))
+        return embed(model, batch)
+
+    monkeypatch.setattr(engine_module, "embed_packed", counted)
+    answer(tiny_model, with_labels(prompts[4:5], labels, generated=True))
+    (layout,) = layouts
+    assert layout.stems == (len(prompts[4].ids) - 1,) and not layout.wholes
+    assert layout.branches == ((1, *map(len, labels)),)
     assert images == [2]
 
-    # The longest label alone outgrows the short factors: the prompt is computed once more, its images are not.
-    layer_lengths.clear()
+    # Many labels of several questions on one image: the questions would be repeated for every label.
+    layouts.clear()
     images.clear()
-    tiny_model.model.rotary_emb.original_positions = length + 5
-    longest = max(len(label_token_ids(processor, label)) for label in LABELS)
-    score(tiny_model, processor, prompts[2:], LABELS)
-    assert layer_lengths == [length, num_label_tokens - longest, length + longest, longest]
-    assert images == [2]
+    answer(tiny_model, with_labels([prompts[2], prompts[3]], labels * 3))
+    (layout,) = layouts
+    assert layout.stems == (len(prompts[2].ids) - 1, len(prompts[3].ids) - 1)
+    assert images == [1]
 
 
 def test_model_and_random_state_are_as_before(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: list[Encoded]
+    tiny_model: Phi3VForCausalLM, prompts: list[Prompt], labels: tuple[tuple[int, ...], ...]
 ) -> None:
     tiny_model.train()
     state = torch.get_rng_state()
-    score(tiny_model, processor, prompts, LABELS)
+    answer(tiny_model, with_labels(prompts, labels, generated=True))
     assert tiny_model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_label_is_as_likely_as_the_tokens_say(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
+def test_a_label_is_as_likely_as_the_tokens_say(
+    tiny_model: Phi3VForCausalLM,
+    processor: Phi3VProcessor,
+    prompts: list[Prompt],
+    labels: tuple[tuple[int, ...], ...],
+) -> None:
     """A head that knows only its bias: every token of a label adds its own log-probability, ``<|end|>`` included."""
     with torch.no_grad():
         tiny_model.model.norm.weight.zero_()
@@ -215,6 +190,5 @@ def test_a_label_is_as_likely_as_the_tokens_say(tiny_model: Phi3VForCausalLM, pr
         tiny_model.lm_head.bias.zero_()
         tiny_model.lm_head.bias[processor.stop_token_ids[1]] = 3
     norm = math.log(tiny_model.config.vocab_size - 1 + math.exp(3))
-    lengths = [len(label_token_ids(processor, label)) for label in LABELS]
-    (found,) = score(tiny_model, processor, [text_prompt(processor, 9)], LABELS)
-    assert found == pytest.approx([3 - length * norm for length in lengths], rel=1e-5)
+    (found,) = answer(tiny_model, with_labels(prompts[:1], labels))
+    assert found.log_likelihoods == pytest.approx([3 - len(label) * norm for label in labels], rel=1e-5)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, StaticCache
 
+from phi3v.model.cache_names import CACHE_NAME
 from phi3v.model.checkpoint import load_model
 from phi3v.model.configuration_phi3_v import STOP_TOKEN_IDS
 from phi3v.model.loss import mean_token_loss
@@ -101,9 +102,10 @@ def test_each_image_reaches_its_own_place(tiny_model: Phi3VForCausalLM, processo
     torch.testing.assert_close(other, reordered, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_a_cache_gives_the_logits_of_recomputing(
-    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, cache: type
+    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, cache: type, name: str
 ) -> None:
     inputs = inputs_of(processor, "two", "text", padding_side="left")
     tokens = torch.randint(100, 30_000, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -112,10 +114,10 @@ def test_a_cache_gives_the_logits_of_recomputing(
     whole = tiny_model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits[:, -7:]
 
     store = cache(config=tiny_model.config, max_cache_len=200) if cache is StaticCache else cache()
-    steps = [tiny_model(**inputs, past_key_values=store, use_cache=True).logits[:, -1:]]
+    steps = [tiny_model(**inputs, **{name: store}, use_cache=True).logits[:, -1:]]
     past = inputs["input_ids"].shape[1]
     for end in range(past + 1, past + 7):
-        step = tiny_model(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=store)
+        step = tiny_model(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], **{name: store})
         steps.append(step.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=TOLERANCE, rtol=0)
 
@@ -125,9 +127,18 @@ def test_a_cache_goes_on_without_a_mask(tiny_model: Phi3VForCausalLM, processor:
     del inputs["attention_mask"]
     ids = inputs["input_ids"]
     first = tiny_model(input_ids=ids[:, :4], use_cache=True)
-    second = tiny_model(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    second = tiny_model(input_ids=ids[:, 4:], cache=first[CACHE_NAME])
     whole = tiny_model(input_ids=ids).logits
     torch.testing.assert_close(second.logits, whole[:, 4:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}])
+def test_nothing_that_will_be_removed_is_called(
+    limited_model: Phi3VForCausalLM, processor: Phi3VProcessor, options: dict[str, Any]
+) -> None:
+    """The change of the rope factors is among the steps."""
+    new_tokens(limited_model, inputs_of(processor, "one"), LIMIT, **options)
 
 
 def test_logits_to_keep(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
@@ -456,6 +467,8 @@ def test_wrong_arguments(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor
         tiny_model()
     with pytest.raises(ValueError, match="supervised_only needs labels and loss_weights"):
         tiny_model(**inputs, labels=inputs["input_ids"], supervised_only=True)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        tiny_model(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 # --- as the model card shows it

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
-from phi3v.model.vision_phi3_v import merge_neighbours
+from phi3v.model.vision_phi3_v import Phi3VImageEmbedding, merge_neighbours
 
 TOLERANCE = 1e-5
 """Absolute, on rows of magnitude 1, float32."""
@@ -49,6 +49,10 @@ def reference(model: Phi3VForCausalLM, crops: torch.Tensor, rows: int, columns: 
     return second(F.gelu(first(torch.stack(lines))))
 
 
+def rows_of(embed: Phi3VImageEmbedding, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+    return embed(*embed.own_crops(pixel_values, image_sizes))
+
+
 def test_rows_are_the_references(tiny_model: Phi3VForCausalLM, pixel_values: torch.Tensor) -> None:
     expected = torch.cat(
         [
@@ -56,25 +60,25 @@ def test_rows_are_the_references(tiny_model: Phi3VForCausalLM, pixel_values: tor
             for crops, (rows, columns) in zip(pixel_values, GRIDS, strict=True)
         ]
     )
-    ours = tiny_model.model.vision_embed_tokens(pixel_values, IMAGE_SIZES)
+    ours = rows_of(tiny_model.model.vision_embed_tokens, pixel_values, IMAGE_SIZES)
     torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_crops_beyond_an_images_own_do_not_matter(tiny_model: Phi3VForCausalLM, pixel_values: torch.Tensor) -> None:
     """The published processor fills every image up to num_crops + 1 crops."""
     embed = tiny_model.model.vision_embed_tokens
-    expected = embed(pixel_values, IMAGE_SIZES)
+    expected = rows_of(embed, pixel_values, IMAGE_SIZES)
     filled = torch.cat([pixel_values, torch.zeros(len(GRIDS), 10, 3, 56, 56)], dim=1)
     for index, (rows, columns) in enumerate(GRIDS):
         filled[index, 1 + rows * columns :] = float("nan")
-    torch.testing.assert_close(embed(filled, IMAGE_SIZES), expected, atol=0, rtol=0)
+    torch.testing.assert_close(rows_of(embed, filled, IMAGE_SIZES), expected, atol=0, rtol=0)
 
 
 def test_no_crop_is_computed_twice_or_in_vain(tiny_model: Phi3VForCausalLM, pixel_values: torch.Tensor) -> None:
     seen: list[int] = []
     embed = tiny_model.model.vision_embed_tokens
     embed.img_processor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
-    embed(pixel_values, IMAGE_SIZES)
+    rows_of(embed, pixel_values, IMAGE_SIZES)
     assert seen == [sum(rows * columns + 1 for rows, columns in GRIDS)]
 
 
@@ -97,7 +101,7 @@ def test_refuses_crops_that_do_not_fit(
     tiny_model: Phi3VForCausalLM, pixel_values: torch.Tensor, crops: slice, sizes: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_model.model.vision_embed_tokens(pixel_values[:, crops], sizes)
+        tiny_model.model.vision_embed_tokens.own_crops(pixel_values[:, crops], sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,6 +110,6 @@ def test_separators_of_another_dtype(
 ) -> None:
     """Float32 separators over a 16-bit tower: what is trained and what is frozen may differ."""
     embed = tiny_model.model.vision_embed_tokens
-    expected = embed.to(dtype)(pixel_values, IMAGE_SIZES)
+    expected = rows_of(embed.to(dtype), pixel_values, IMAGE_SIZES)
     embed.sub_GN.data, embed.glb_GN.data = embed.sub_GN.data.float(), embed.glb_GN.data.float()
-    torch.testing.assert_close(embed(pixel_values, IMAGE_SIZES), expected, atol=0, rtol=0)
+    torch.testing.assert_close(rows_of(embed, pixel_values, IMAGE_SIZES), expected, atol=0, rtol=0)

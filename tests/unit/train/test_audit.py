@@ -6,28 +6,31 @@ import torch
 from safetensors.torch import load_file
 
 from phi3v.config import TrainConfig
-from phi3v.data.collate import Collator
+from phi3v.data.collate import PackCollator
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
-from phi3v.errors import ConfigError
+from phi3v.data.packing import Load, MicroBatch
 from phi3v.model.checkpoint import load_four_bit_model, load_model
+from phi3v.model.compute import Compute
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.packed import PackedBatch
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.train.audit import Audit, audit
-from phi3v.train.tuning import Precision, enable_gradient_checkpointing, select_trainable, wrap_lora
-from training import write_training_data
+from phi3v.train.batches import TrainingSamples
+from phi3v.train.tuning import Precision, select_trainable, wrap_lora
+from training import TOKENS_PER_SIDE, write_training_data
 
 FP32 = Precision("fp32", "float32")
-Batch = dict[str, torch.Tensor]
+Batches = dict[str, PackedBatch]
 
 
 @pytest.fixture
-def batches(processor: Phi3VProcessor, tmp_path: Path) -> dict[str, Batch]:
+def batches(processor: Phi3VProcessor, tmp_path: Path) -> Batches:
     """One sample without images and one with two."""
     dataset = ConversationDataset(write_training_data(tmp_path / "data") / "train.jsonl")
-    encode, collate = SampleEncoder(processor).encode, Collator(processor.tokenizer.pad_token_id)
-    samples = {"text": dataset[0], "images": dataset[2]}
-    return {name: collate([encode(sample, dataset.load_images(sample))]) for name, sample in samples.items()}
+    collator = PackCollator(processor.image_token_id, tokens_per_side=TOKENS_PER_SIDE, short_positions=4096)
+    samples = TrainingSamples(dataset, SampleEncoder(processor), collator)
+    return {name: samples[MicroBatch(((index,),), Load())] for name, index in {"text": 0, "images": 2}.items()}
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -43,7 +46,7 @@ def parts(found: Audit) -> dict[str, Any]:
     return {part.part: part for part in found.parts}
 
 
-def test_full_fine_tuning(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_full_fine_tuning(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     found = audit(prepared(tiny_model, config()), batches["images"], config(), FP32)
     assert found.problems == ()
     found.require_trainable()
@@ -58,7 +61,7 @@ def test_full_fine_tuning(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch
 
 
 def test_adapters_at_their_start_have_a_gradient_in_b_only_and_pass(
-    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]
+    tiny_model: Phi3VForCausalLM, batches: Batches
 ) -> None:
     settings = config(method="lora", lora_rank=2)
     model = prepared(tiny_model, settings)
@@ -69,7 +72,7 @@ def test_adapters_at_their_start_have_a_gradient_in_b_only_and_pass(
     assert parts(found)["embeddings"].gradient_norm is None
 
 
-def test_a_weight_in_4_bit_counts_as_the_numbers_that_it_stands_for(wide_dir: Path, batches: dict[str, Batch]) -> None:
+def test_a_weight_in_4_bit_counts_as_the_numbers_that_it_stands_for(wide_dir: Path, batches: Batches) -> None:
     pytest.importorskip("bitsandbytes")
     settings = config(method="qlora", lora_rank=2)
     found = audit(prepared(load_four_bit_model(wide_dir, dtype="float32"), settings), batches["images"], settings, FP32)
@@ -86,47 +89,37 @@ def test_a_weight_in_4_bit_counts_as_the_numbers_that_it_stands_for(wide_dir: Pa
     assert (parts(found)["decoder"].lora_layers, parts(found)["decoder"].linear_layers) == (8, 8)
 
 
-def test_reentrant_checkpointing_is_found_out(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
-    """CLIP's input needs no gradient: a reentrant checkpoint drops that of the adapters inside."""
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_nothing(tiny_model: Phi3VForCausalLM, batches: Batches, checkpointing: Any) -> None:
+    """CLIP's input needs no gradient, and the adapters inside still get theirs."""
     settings = config(method="lora", lora_rank=2)
-    select_trainable(tiny_model, settings)
-    tiny_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    found = audit(wrap_lora(tiny_model, settings), batches["images"], settings, FP32)
-    (problem,) = found.problems
-    assert problem.startswith("vision should learn") and "use_reentrant=False" in problem
-    with pytest.raises(ConfigError, match="vision should learn"):
-        found.require_trainable()
-
-
-def test_our_checkpointing_passes(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
-    settings = config(method="lora", lora_rank=2)
-    select_trainable(tiny_model, settings)
-    enable_gradient_checkpointing(tiny_model)
-    assert audit(wrap_lora(tiny_model, settings), batches["images"], settings, FP32).problems == ()
+    model = prepared(tiny_model, settings)
+    plain = audit(model, batches["images"], settings, FP32)
+    tiny_model.compute = Compute(checkpointing=checkpointing)
+    assert audit(model, batches["images"], settings, FP32) == plain and plain.problems == ()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_part_cut_off_from_the_loss_is_named(
-    tiny_model: Phi3VForCausalLM, batches: dict[str, Batch], method: str
-) -> None:
+def test_a_part_cut_off_from_the_loss_is_named(tiny_model: Phi3VForCausalLM, batches: Batches, method: str) -> None:
     settings = config(method=method)
     model = prepared(tiny_model, settings)
-    tower = tiny_model.model.vision_embed_tokens.img_processor
-    tower.register_forward_hook(lambda module, inputs, output: output.detach())
+    projection = tiny_model.model.vision_embed_tokens.img_projection
+    projection.register_forward_pre_hook(lambda module, inputs: tuple(tensor.detach() for tensor in inputs))
     found = audit(model, batches["images"], settings, FP32)
-    (problem,) = found.problems
+    problem, *others = found.problems
+    assert len(others) == (1 if method == "full" else 0), "the projector's separators, which adapters leave alone"
     assert problem.startswith("vision should learn, but the backward pass does not reach model.vision_embed_tokens")
     assert parts(found)["vision"].without_gradient
 
 
-def test_a_part_whose_gradient_is_zero_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_a_part_whose_gradient_is_zero_is_named(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     model = prepared(tiny_model, config())
     tiny_model.model.vision_embed_tokens.img_projection[2].weight.data.zero_()
     problems = audit(model, batches["images"], config(), FP32).problems
     assert [problem.split(".")[0] for problem in problems] == ["vision should learn, but its gradient is exactly zero"]
 
 
-def test_a_frozen_part_with_a_learning_rate_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_a_frozen_part_with_a_learning_rate_is_named(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     settings = config(part_learning_rates={"projector": 1e-3})
     model = prepared(tiny_model, settings)
     tiny_model.model.vision_embed_tokens.img_projection.requires_grad_(False)
@@ -136,7 +129,7 @@ def test_a_frozen_part_with_a_learning_rate_is_named(tiny_model: Phi3VForCausalL
     assert "projector should learn at 0.001, but none of its parameters is trainable" in problem
 
 
-def test_image_parts_without_images_are_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_image_parts_without_images_are_named(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     problems = audit(prepared(tiny_model, config()), batches["text"], config(), FP32).problems
     assert [problem.partition(",")[0] for problem in problems] == ["vision should learn", "projector should learn"]
     assert all("no training sample has an image" in problem for problem in problems)
@@ -144,13 +137,13 @@ def test_image_parts_without_images_are_named(tiny_model: Phi3VForCausalLM, batc
     assert audit(prepared(tiny_model, frozen), batches["text"], frozen, FP32).problems == ()
 
 
-def test_a_gradient_that_is_not_finite_is_named(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_a_gradient_that_is_not_finite_is_named(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     tiny_model.lm_head.weight.data[5, 5] = float("inf")
     problems = audit(prepared(tiny_model, config()), batches["images"], config(), FP32).problems
     assert problems and all("not finite" in problem for problem in problems)
 
 
-def test_nothing_is_left_behind(tiny_model: Phi3VForCausalLM, batches: dict[str, Batch]) -> None:
+def test_nothing_is_left_behind(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     settings = config(method="lora", lora_dropout=0.5)
     model = prepared(tiny_model, settings).eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

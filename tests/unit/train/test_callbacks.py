@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from phi3v.errors import Phi3VError
+from phi3v.train.batches import WindowPlan
 from phi3v.train.callbacks import (
     MOST_SKIPPED_STEPS,
     KeepBest,
@@ -80,7 +81,7 @@ class Steps:
         self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.25)
 
     def step(self, loss: float, norm: float) -> None:
-        self.trainer.window = Window(1, 1, 0.0, torch.tensor(loss), torch.tensor(norm))
+        self.trainer.window = Window(WindowPlan((), 1, 1, 1, 1), 0.0, torch.tensor(loss), torch.tensor(norm))
         state = TrainerState(global_step=4)
         self.guard.on_pre_optimizer_step(self.args, state, TrainerControl(), optimizer=self.optimizer)
 

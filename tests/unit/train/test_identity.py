@@ -42,10 +42,10 @@ def test_changes_that_cost_nothing(change: dict[str, Any]) -> None:
 
 
 def test_changes_that_round_differently_are_allowed_and_told() -> None:
-    changed = identity(replace(CONFIG, micro_batch_size=2, gradient_checkpointing=False), world_size=2)
+    changed = identity(replace(CONFIG, micro_batch_tokens=512, checkpointing="full"), world_size=2)
     assert require_same_run(identity(), changed, Path("c")) == [
-        "gradient_checkpointing: True there, False now",
-        "micro_batch_size: 1 there, 2 now",
+        "checkpointing: auto there, full now",
+        "micro_batch_tokens: none there, 512 now",
         "number of processes: 1 there, 2 now",
     ]
 
@@ -65,6 +65,8 @@ def test_four_bits_depend_on_the_package_that_makes_them() -> None:
         ({"num_train_epochs": 2}, {}, "num_train_epochs"),
         ({"freeze": ["vision"]}, {}, "freeze"),
         ({"model": "other"}, {}, "model: m there, other now"),
+        ({"shared_questions": 4}, {}, "shared_questions: none there, 4 now"),
+        ({"fp8": True}, {}, "fp8"),
         ({}, {"train_fingerprint": "xyz"}, "training samples"),
         ({}, {"eval_fingerprint": "xyz"}, "evaluation samples"),
         ({}, {"precision": "bf16"}, "precision: fp32 there, bf16 now"),

@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 import phi3v.train.data as train_data
 import phi3v.train.evaluation as evaluation
 import phi3v.train.run as run
+from phi3v.data.packing import MicroBatch
 from phi3v.errors import CheckpointError, ConfigError, DataError, Phi3VError
 from phi3v.eval.metrics import Score
 from phi3v.eval.run import EvalResult
 from phi3v.model.checkpoint import load_model, load_processor, save_model
 from phi3v.runlog import RunDirectory
-from phi3v.train.batches import Draw, TrainingSamples, WindowSampler
+from phi3v.train.batches import TrainingSamples
 from phi3v.train.order import Shuffled
-from phi3v.train.run import accumulation_steps, run_training
-from training import final_weights, logged, make_config, write_training_data
+from phi3v.train.run import run_training
+from training import final_weights, logged, make_config, write_shared_data, write_training_data
 
 MakeConfig = Callable[..., Any]
 
@@ -61,9 +62,8 @@ def test_a_run_leaves_what_its_directory_promises(config: MakeConfig, data: Path
     path = RunDirectory(run_training(settings))
     assert [line["step"] for line in path.steps()] == [1, 2, 3]
     assert path.steps()[-1]["epoch"] == 1.0
-    assert {"loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "memory_bytes"} < path.steps()[
-        0
-    ].keys()
+    measured = {"loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "sharing", "memory_bytes"}
+    assert measured < path.steps()[0].keys()
     assert [(line["step"], line["when"]) for line in path.evals()] == [(0, "before"), (3, "after")]
     assert path.prediction_steps() == [0, 3] and len(path.predictions(3)) == 3
     before, after, summary, audit = path.evaluation("before"), path.evaluation("after"), path.data(), path.audit()
@@ -78,23 +78,54 @@ def test_a_run_leaves_what_its_directory_promises(config: MakeConfig, data: Path
     assert load_processor(path.model_dir).num_crops == 4
 
 
-def test_a_run_trains_on_the_windows_that_the_sampler_names(
-    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_trains_on_the_windows_that_the_order_names(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every epoch; the message about a loss that is not finite relies on it."""
-    drawn: list[int] = []
+    drawn: list[list[int]] = []
     get = TrainingSamples.__getitem__
 
-    def record(self: TrainingSamples, draw: Draw) -> Any:
-        drawn.append(draw.index)
-        return get(self, draw)
+    def record(self: TrainingSamples, batch: MicroBatch) -> Any:
+        drawn.append([index for group in batch.groups for index in group])
+        return get(self, batch)
 
     monkeypatch.setattr(TrainingSamples, "__getitem__", record)
-    run_training(config(num_train_epochs=2, save_steps=None))
-    sampler = WindowSampler(Shuffled(11, seed=0), batch_size=4, micro_batch_size=1)
+    run_training(config(num_train_epochs=2, save_steps=None, micro_batch_size=None))
     of_the_audit, *trained = drawn
-    assert of_the_audit == 1, "the first sample with an image"
-    assert trained == [index for step in range(6) for index in sampler.window(step)]
+    assert of_the_audit == [1], "the first sample with an image"
+    orders = [Shuffled(11, seed=0).of(epoch).tolist() for epoch in range(2)]
+    windows = [order[start : start + 4] for order in orders for start in (0, 4, 8)]
+    assert [sorted(window) for window in trained] == [sorted(window) for window in windows]
+
+
+def test_sharing_is_chosen_where_it_saves_a_tenth(
+    config: MakeConfig, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And can be seen: in the log, in data.json and in every line of steps.jsonl."""
+    shared_data = write_shared_data(tmp_path / "shared-data")
+    changes = {"shared_questions": None, "micro_batch_size": None, "save_steps": None, "batch_size": 13}
+    with caplog.at_level(logging.INFO):
+        shared = RunDirectory(run_training(config(train_data=[shared_data / "train.jsonl"], **changes)))
+    found = (shared.data() or {})["train"]["sharing"]
+    assert found["shared_questions"] == 8
+    assert found["computed_tokens"] < 0.9 * found["tokens"] and found["computed_crops"] < found["crops"]
+    assert f"computes {found['computed_tokens']} of {found['tokens']} decoder positions" in caplog.text
+    (line,) = shared.steps()
+    assert line["sharing"] == pytest.approx(found["tokens"] / found["computed_tokens"])
+
+    apart = RunDirectory(run_training(config(tmp_path / "apart", **changes)))
+    found = (apart.data() or {})["train"]["sharing"]
+    assert found["shared_questions"] == 1 and found["computed_tokens"] == found["tokens"]
+    assert {line["sharing"] for line in apart.steps()} == {1.0}
+    assert "share nothing" in caplog.text
+
+
+def test_costs_that_are_not_those_of_the_findings_are_taken_anew(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_training(config(max_steps=1)) / "checkpoints"
+    costs = (path / "data-costs.npz").read_bytes()
+    (path / "data-costs.npz").write_bytes(b"of another run")
+    run_training(config(max_steps=1))
+    assert (path / "data-costs.npz").read_bytes() == costs
 
 
 def test_a_finished_run_is_left_alone(
@@ -276,19 +307,6 @@ def test_a_second_process_in_the_same_directory_is_refused(config: MakeConfig, m
     with pytest.raises(KeyboardInterrupt):
         run_training(settings)
     assert next(codes) == 1
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "micro", "processes", "remedy"),
-    [(64, 1, 6, "60 or 66"), (4, 4, 2, "8"), (10, 2, 2, "8 or 12")],
-)
-def test_a_batch_that_does_not_divide_names_sizes_that_do(
-    config: MakeConfig, batch_size: int, micro: int, processes: int, remedy: str
-) -> None:
-    settings = config(batch_size=batch_size, micro_batch_size=micro)
-    with pytest.raises(ConfigError, match=f"set batch_size to {remedy}$"):
-        accumulation_steps(settings, processes)
-    assert accumulation_steps(replace(settings, batch_size=2 * micro * processes), processes) == 2
 
 
 def test_the_result_has_the_number_format_of_its_base_and_is_scored_so(

@@ -12,7 +12,6 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import part_of
 from phi3v.train.tuning import (
     choose_precision,
-    enable_gradient_checkpointing,
     parameter_groups,
     select_trainable,
     undecayed_names,
@@ -149,14 +148,3 @@ def test_trained_weights_stay_float32(precision: str, method: str, expected: tup
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         choose_precision(config(precision="fp16"), "cpu")
-
-
-def test_gradient_checkpointing_does_not_reenter(
-    tiny_model: Phi3VForCausalLM, recwarn: pytest.WarningsRecorder
-) -> None:
-    enable_gradient_checkpointing(tiny_model)
-    checkpointed = [module for module in tiny_model.modules() if vars(module).get("gradient_checkpointing")]
-    layers = [module for module in checkpointed if hasattr(module, "_gradient_checkpointing_func")]
-    assert len(layers) >= 2 + 3
-    assert all(module._gradient_checkpointing_func.keywords == {"use_reentrant": False} for module in layers)
-    assert not recwarn.list

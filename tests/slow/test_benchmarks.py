@@ -1,0 +1,38 @@
+"""The measuring scripts run: tiny, on a CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("order", [[], ["--leave_one_out"]], ids=["one by one", "leave one out"])
+def test_the_ablation_measures_every_row(tmp_path: Path, order: list[str]) -> None:
+    output = tmp_path / "ablation.json"
+    small = ["--tiny", "--device", "cpu", "--batch_size", "4", "--steps", "1", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "ablation.py", *small, *order], capture_output=True, text=True, check=True
+    )
+    rows = json.loads(output.read_text())["rows"]
+    printed = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert printed[1:] == [row["name"] for row in rows]
+    assert len(rows) >= 6 and all(row["samples_per_s"] > 0 for row in rows)
+    modes = [row["compute"]["checkpointing"] for row in rows]
+    assert {"off", "full"} == set(modes)
+
+
+def test_sweeps_are_drawn(tmp_path: Path) -> None:
+    output = tmp_path / "crops.json"
+    small = ["--tiny", "--device", "cpu", "--batch_size", "2", "--steps", "1", "--warmup_steps", "0"]
+    bench = [sys.executable, "-m", "phi3v", "bench", "--sweep", "num_crops", *small, "--output", str(output)]
+    subprocess.run(bench, check=True, capture_output=True)
+    picture = tmp_path / "growth.svg"
+    plot = [sys.executable, BENCHMARKS / "plot_performance.py", output, "--output", picture]
+    subprocess.run(plot, check=True, capture_output=True)
+    assert picture.read_text().startswith("<svg ")

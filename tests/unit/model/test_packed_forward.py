@@ -1,0 +1,235 @@
+"""The packed forward equals the padded one, question by question: loss and every gradient."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from packs import Pack, Question
+from phi3v.model.compute import Compute
+from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.parts import is_never_used
+
+TOLERANCE = 2e-5
+"""Relative, float32, sums in another order."""
+
+LORA = "qkv_proj|o_proj|gate_up_proj|down_proj|lm_head|q_proj|k_proj|v_proj|out_proj|fc1|fc2|img_projection.(0|2)"
+
+
+def mixed_pack(config: Phi3VConfig) -> Pack:
+    """Text only, one image, two images, three questions on an image, two on a pair, an image shown twice."""
+    return Pack(
+        config,
+        grids=[(1, 1), (1, 2), (2, 1)],
+        stems=[
+            [Question((0,), 9, 3), Question((0,), 4, 2), Question((0,), 12, 1)],
+            [Question((1, 2), 5, 4), Question((1, 2), 6, 1)],
+        ],
+        wholes=[Question((), 7, 2), Question((1,), 8, 3), Question((2, 0), 5, 2)],
+    )
+
+
+def gradients(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    return float(value.detach()), found
+
+
+def separate_loss(model: Any, pack: Pack) -> torch.Tensor:
+    losses = [model(**single, supervised_only=True, use_cache=False).loss for single in pack.padded()]
+    return torch.stack(losses).sum()
+
+
+def assert_same(model: Any, pack: Pack, reference: Any = None, tolerance: float = TOLERANCE) -> None:
+    expected_loss, expected = gradients(reference or model, lambda: separate_loss(reference or model, pack))
+    loss, found = gradients(model, lambda: model(packed=pack.packed()).loss)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        norm = expected[name].norm()
+        assert (gradient - expected[name]).norm() <= tolerance * norm + 1e-7, name
+
+
+@pytest.fixture
+def trainable(tiny_model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    for name, parameter in tiny_model.named_parameters():
+        parameter.requires_grad_(not is_never_used(name, tiny_model.config.vision_config.num_hidden_layers))
+    return tiny_model.train()
+
+
+def adapted(model: Phi3VForCausalLM, dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=rf".*\.({LORA})|lm_head", lora_dropout=dropout)
+    wrapped = get_peft_model(model, settings)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+        if f".layers.{model.config.vision_config.num_hidden_layers - 1}." in name and "vision_model" in name:
+            parameter.requires_grad_(False)
+    return wrapped.train()
+
+
+def test_loss_and_gradients_are_those_of_separate_questions(trainable: Phi3VForCausalLM) -> None:
+    assert_same(trainable, mixed_pack(trainable.config))
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_choices_of_compute_change_nothing(trainable: Phi3VForCausalLM, checkpointing: Any, in_place: bool) -> None:
+    trainable.compute = Compute(checkpointing=checkpointing, accumulates_in_place=in_place)
+    assert_same(trainable, mixed_pack(trainable.config))
+
+
+def test_gradients_of_several_packs_add_up_in_place(trainable: Phi3VForCausalLM) -> None:
+    pack = mixed_pack(trainable.config).packed()
+    _, once = gradients(trainable, lambda: trainable(packed=pack).loss)
+    trainable.compute = Compute(accumulates_in_place=True)
+    trainable.zero_grad()
+    for _ in range(3):
+        trainable(packed=pack).loss.backward()
+    for name, parameter in trainable.named_parameters():
+        if name in once:
+            torch.testing.assert_close(parameter.grad, 3 * once[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_changed_between_packs_is_seen(trainable: Phi3VForCausalLM) -> None:
+    """Torch's fused optimizers change weights without counting their version up."""
+    pack = mixed_pack(trainable.config)
+    optimizer = torch.optim.AdamW([one for one in trainable.parameters() if one.requires_grad], lr=1e-2, fused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        trainable(packed=pack.packed()).loss.backward()
+    optimizer.step()
+    fresh = copy.deepcopy(trainable)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trainable(packed=pack.packed()).loss == fresh(packed=pack.packed()).loss
+
+
+def test_frozen_vision(trainable: Phi3VForCausalLM) -> None:
+    trainable.model.vision_embed_tokens.requires_grad_(False)
+    assert_same(trainable, mixed_pack(trainable.config))
+
+
+def test_frozen_decoder_and_embeddings(trainable: Phi3VForCausalLM) -> None:
+    trainable.requires_grad_(False)
+    trainable.model.vision_embed_tokens.img_projection.requires_grad_(True)
+    assert_same(trainable, mixed_pack(trainable.config))
+
+
+def test_text_only(trainable: Phi3VForCausalLM) -> None:
+    assert_same(trainable, Pack(trainable.config, grids=[], wholes=[Question((), 7, 2), Question((), 3, 1)]))
+
+
+@pytest.mark.parametrize("mode", ["auto", "short", "long"])
+def test_rope_factors_are_chosen_by_sequence(tiny_config: Phi3VConfig, mode: str) -> None:
+    torch.manual_seed(0)
+    config = Phi3VConfig.from_dict({**tiny_config.to_dict(), "original_max_position_embeddings": 30})
+    config.rope_mode = mode
+    model = Phi3VForCausalLM(config).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_never_used(name, config.vision_config.num_hidden_layers))
+    pack = Pack(
+        config,
+        grids=[(1, 1), (1, 1)],
+        stems=[[Question((0,), 20, 3), Question((0,), 18, 2)], [Question((1,), 5, 2), Question((1,), 9, 1)]],
+        wholes=[Question((), 40, 2), Question((), 8, 2)],
+    )
+    assert_same(model, pack)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
+def test_adapters(trainable: Phi3VForCausalLM, checkpointing: Any) -> None:
+    wrapped = adapted(trainable)
+    trainable.compute = Compute(checkpointing=checkpointing)
+    assert_same(wrapped, mixed_pack(trainable.config))
+
+
+def test_adapters_after_they_changed(trainable: Phi3VForCausalLM) -> None:
+    wrapped = adapted(trainable)
+    pack = mixed_pack(trainable.config)
+    optimizer = torch.optim.AdamW([one for one in wrapped.parameters() if one.requires_grad], lr=1e-2, fused=True)
+    for _ in range(2):
+        wrapped(packed=pack.packed()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(wrapped, pack)
+
+
+def test_disabled_adapters_are_not_computed(trainable: Phi3VForCausalLM) -> None:
+    pack = mixed_pack(trainable.config)
+    plain = float(trainable(packed=pack.packed()).loss.detach())
+    wrapped = adapted(trainable)
+    assert float(wrapped(packed=pack.packed()).loss.detach()) != pytest.approx(plain, rel=1e-3)
+    with wrapped.disable_adapter():
+        assert float(wrapped(packed=pack.packed()).loss.detach()) == pytest.approx(plain, rel=1e-6)
+
+
+def test_adapters_dropout_is_the_same_in_the_backward_pass(trainable: Phi3VForCausalLM) -> None:
+    """The gradient is that of the function that the forward pass computed: by a central difference along it."""
+    wrapped = adapted(trainable, dropout=0.4)
+    pack = mixed_pack(trainable.config).packed()
+    step = 2e-5
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(1)
+        return wrapped(packed=pack).loss
+
+    for checkpointing in ("off", "full"):
+        trainable.compute = Compute(checkpointing=checkpointing)
+        value, found = gradients(wrapped, loss)
+        own = dict(wrapped.named_parameters())
+        ends = []
+        for way in (1, -2):
+            with torch.no_grad():
+                for name, gradient in found.items():
+                    own[name] += way * step * gradient
+                ends.append(float(loss()))
+        with torch.no_grad():
+            for name, gradient in found.items():
+                own[name] += step * gradient
+        slope = sum(float(gradient.pow(2).sum()) for gradient in found.values())
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.01)
+    torch.manual_seed(2)
+    assert float(wrapped(packed=pack).loss.detach()) != pytest.approx(value, rel=1e-4)
+
+
+def test_bf16_autocast_stays_near_float32(trainable: Phi3VForCausalLM) -> None:
+    """bf16 has 8 bits: within 3 % of the float32 gradient, as the padded forward under autocast is."""
+    pack = mixed_pack(trainable.config)
+    _, exact = gradients(trainable, lambda: separate_loss(trainable, pack))
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return trainable(packed=pack.packed()).loss
+
+    _, found = gradients(trainable, loss)
+    off = sum(float((found[name] - exact[name]).pow(2).sum()) for name in exact) ** 0.5
+    assert off <= 0.03 * sum(float(one.pow(2).sum()) for one in exact.values()) ** 0.5
+
+
+def test_features_at_hand_take_the_place_of_crops(trainable: Phi3VForCausalLM) -> None:
+    pack = mixed_pack(trainable.config).packed()
+    with torch.no_grad():
+        rows = trainable.model.vision_embed_tokens(pack.crops, pack.grids)
+        expected = trainable(packed=pack).loss
+        pack.crops, pack.grids, pack.features = None, (), rows
+        assert trainable(packed=pack).loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_float8_stays_near(trainable: Phi3VForCausalLM, with_adapters: bool) -> None:
+    """3 bits of fraction forward, 2 backward: within a quarter of the float32 gradient, and not equal to it."""
+    model = adapted(trainable) if with_adapters else trainable
+    pack = mixed_pack(trainable.config).packed()
+    exact_loss, exact = gradients(model, lambda: model(packed=pack).loss)
+    trainable.compute = Compute(fp8=True)
+    loss, found = gradients(model, lambda: model(packed=pack).loss)
+    off = sum(float((found[name] - exact[name]).pow(2).sum()) for name in exact) ** 0.5
+    off /= sum(float(one.pow(2).sum()) for one in exact.values()) ** 0.5
+    assert loss == pytest.approx(exact_loss, rel=0.03)
+    assert 1e-4 < off < 0.25
