@@ -32,7 +32,8 @@ class PackedTowers:
         model: whose layers; the last CLIP layer is never computed.
 
     Raises:
-        ValueError: the model has fewer key than query heads, or dropout, which the packed forward does not compute.
+        ValueError: the model has fewer key than query heads, dropout or other activations than the published ones, none
+            of which the packed forward computes.
     """
 
     def __init__(self, model: "Phi3VModel") -> None:
@@ -43,6 +44,9 @@ class PackedTowers:
             raise ValueError(
                 "the packed forward computes no dropout; set resid_pdrop, embd_pdrop and attention_dropout to 0"
             )
+        activations = (config.hidden_act, config.vision_config.hidden_act)
+        if activations != ("silu", "quick_gelu"):
+            raise ValueError(f"the packed forward computes silu and, in CLIP, quick_gelu; the model has {activations}")
         self.decoder = [Layer(module) for module in model.layers]
         self.vision = [Layer(module) for module in _vision_layers(model)]
 

@@ -233,3 +233,20 @@ def test_float8_stays_near(trainable: Phi3VForCausalLM, with_adapters: bool) -> 
     off /= sum(float(one.pow(2).sum()) for one in exact.values()) ** 0.5
     assert loss == pytest.approx(exact_loss, rel=0.03)
     assert 1e-4 < off < 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 1}, "as many key and value heads"),
+        ({"resid_pdrop": 0.1}, "no dropout"),
+        ({"hidden_act": "gelu"}, "silu"),
+    ],
+)
+def test_models_that_it_does_not_compute_are_refused(
+    tiny_config: Phi3VConfig, changes: dict[str, Any], message: str
+) -> None:
+    model = Phi3VForCausalLM(Phi3VConfig.from_dict({**tiny_config.to_dict(), **changes}))
+    pack = Pack(model.config, grids=[], wholes=[Question((), 7, 2)])
+    with pytest.raises(ValueError, match=message):
+        model(packed=pack.packed())
