@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +30,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
-from phi3v.data.collate import Collator
+from phi3v.data.collate import PackCollator, PackSample
 from phi3v.data.dataset import ConversationDataset
-from phi3v.data.encode import Encoded, SampleEncoder
+from phi3v.data.encode import SampleEncoder
 from phi3v.data.images import read_image
 from phi3v.geometry import num_image_tokens
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor, hd_resize, to_rgb_or_gray
+from phi3v.model.packed import PackedBatch
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 PROCESSOR = Path(__file__).parents[1] / "tests" / "golden"
@@ -56,7 +57,8 @@ KINDS = {
 STAGES = ("read", "resize", "normalise, cut, global view", "tokenize", "whole sample", "collate")
 """What is timed in this process. ``whole sample`` is all from the JSONL line to tokens and pixels, in one call."""
 
-Batch = dict[str, torch.Tensor]
+Item = tuple[PackSample, dict[str, torch.Tensor]]
+"""A sample's text, and its images' crops by name."""
 
 
 def draw_page(mode: str, seed: int) -> Image.Image:
@@ -128,17 +130,11 @@ class PlainImageProcessor(Phi3VImageProcessor):
         return canvas.transpose(Image.Transpose.TRANSPOSE) if layout.is_transposed else canvas
 
 
-class PlainCollator(Collator):
-    """Stacks the images in the process's own memory, crops of zeros first."""
+class PlainCollator(PackCollator):
+    """Puts crops together in the process's own memory."""
 
-    def __call__(self, samples: Sequence[Encoded]) -> Batch:
-        images = [image for sample in samples if "pixel_values" in sample for image in sample["pixel_values"]]
-        stacked = torch.zeros(len(images), max(map(len, images)), *images[0].shape[1:])
-        for row, image in zip(stacked, images, strict=True):
-            row[: len(image)] = image
-        sizes = torch.cat([sample["image_sizes"] for sample in samples if "image_sizes" in sample])
-        texts = [{name: row for name, row in sample.items() if name != "pixel_values"} for sample in samples]
-        return {**super().__call__(cast(list[Encoded], texts)), "pixel_values": stacked, "image_sizes": sizes}
+    def stack_crops(self, crops: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(crops))
 
 
 @dataclass(frozen=True)
@@ -149,18 +145,28 @@ class DataPath:
         read: decodes an image file.
         resize: does the HD transform's resize, and what padding is done with it.
         encoder: makes tensors of a sample.
-        collate: makes a batch of them.
+        collator: makes a batch of them.
     """
 
     read: Callable[[Path], Image.Image]
     resize: Callable[[Image.Image], Any]
     encoder: SampleEncoder
-    collate: Collator
+    collator: PackCollator
 
-    def encode(self, dataset: ConversationDataset, index: int) -> Encoded:
+    def encode(self, dataset: ConversationDataset, index: int) -> Item:
         """Reads, transforms and tokenizes one sample."""
         sample = dataset[index]
-        return self.encoder.encode(sample, [self.read(dataset.image_path(sample, name)) for name in sample.images])
+        paths = [dataset.image_path(sample, name) for name in sample.images]
+        images = [self.read(path) for path in paths]
+        text = self.encoder.encode_text(sample, [(image.height, image.width) for image in images])
+        keys = [self.encoder.image_key(sample, path) for path in paths]
+        crops = {key: self.encoder.cut(sample, image) for key, image in zip(keys, images, strict=True)}
+        return PackSample(text, tuple(keys[index] for index in text.order)), crops
+
+    def collate(self, items: Sequence[Item]) -> PackedBatch:
+        """Packs samples into one row."""
+        crops = {key: own for _, shown in items for key, own in shown.items()}
+        return self.collator([[sample] for sample, _ in items], crops)
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -172,9 +178,10 @@ def read_rgb(path: Path) -> Image.Image:
 def build_paths(num_crops: int) -> dict[str, DataPath]:
     """Returns the versions to measure, by name."""
 
-    def path(processor: Phi3VProcessor, read: Any, resize: Any, collator: type[Collator]) -> DataPath:
-        encoder = SampleEncoder(processor)
-        return DataPath(read, resize, encoder, collator(processor.tokenizer.pad_token_id))  # pyright: ignore
+    def path(processor: Phi3VProcessor, read: Any, resize: Any, collator: type[PackCollator]) -> DataPath:
+        side = processor.image_processor.tokens_per_side
+        pack = collator(processor.image_token_id, tokens_per_side=side, short_positions=4096)
+        return DataPath(read, resize, SampleEncoder(processor), pack)
 
     current = Phi3VProcessor.from_pretrained(PROCESSOR, num_crops=num_crops)
     plain = Phi3VProcessor.from_pretrained(PROCESSOR, num_crops=num_crops)
@@ -185,11 +192,11 @@ def build_paths(num_crops: int) -> dict[str, DataPath]:
 
     return {
         "plain": path(plain, read_rgb, plain.image_processor.resize_and_pad, PlainCollator),
-        "current": path(current, read_image, resize, Collator),
+        "current": path(current, read_image, resize, PackCollator),
     }
 
 
-class PageSamples(Dataset[Encoded]):
+class PageSamples(Dataset[Item]):
     """A data set encoded by one version, over and over up to ``length`` samples."""
 
     def __init__(self, path: DataPath, dataset: ConversationDataset, length: int) -> None:
@@ -198,7 +205,7 @@ class PageSamples(Dataset[Encoded]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, index: int) -> Item:
         return self.path.encode(self.dataset, index % len(self.dataset))
 
 
@@ -206,9 +213,10 @@ def check_equal(paths: Iterable[DataPath], dataset: ConversationDataset) -> None
     """Exits unless every version makes the same batch, bit by bit, of all pages."""
     first, *others = [path.collate([path.encode(dataset, k) for k in range(len(dataset))]) for path in paths]
     for other in others:
-        for name, tensor in first.items():
-            if not torch.equal(tensor, other[name]):
-                sys.exit(f"{name} differs between the versions: nothing was measured")
+        for field in fields(first):
+            one, another = getattr(first, field.name), getattr(other, field.name)
+            if not (torch.equal(one, another) if isinstance(one, torch.Tensor) else one == another):
+                sys.exit(f"{field.name} differs between the versions: nothing was measured")
 
 
 def time_stages(path: DataPath, dataset: ConversationDataset, batch_size: int) -> dict[str, float]:
@@ -221,7 +229,7 @@ def time_stages(path: DataPath, dataset: ConversationDataset, batch_size: int) -
         spent[stage] += 1e3 * (time.perf_counter() - started) / len(dataset)
         return result
 
-    waiting: list[Encoded] = []
+    waiting: list[Item] = []
     for index in range(len(dataset)):
         sample = dataset[index]
         image = timed("read", path.read, dataset.image_path(sample, sample.images[0]))
@@ -242,13 +250,14 @@ class TimedCollator:
     The loader moves them there in any case; here it happens a moment earlier, where it can be timed.
     """
 
-    def __init__(self, collate: Collator) -> None:
+    def __init__(self, collate: Callable[[Sequence[Item]], PackedBatch]) -> None:
         self.collate = collate
 
-    def __call__(self, samples: Sequence[Encoded]) -> tuple[Batch, float]:
+    def __call__(self, samples: Sequence[Item]) -> tuple[PackedBatch, float]:
         started = time.perf_counter()
         batch = self.collate(samples)
-        batch["pixel_values"].share_memory_()
+        assert batch.crops is not None
+        batch.crops.share_memory_()
         return batch, 1e3 * (time.perf_counter() - started) / len(samples)
 
 
@@ -267,7 +276,7 @@ def time_loader(
     for _ in range(num_workers):
         next(batches)
     started = time.perf_counter()
-    sizes, collate_ms = zip(*((len(batch["input_ids"]), spent) for batch, spent in batches), strict=True)
+    sizes, collate_ms = zip(*((batch.num_samples, spent) for batch, spent in batches), strict=True)
     return sum(sizes) / (time.perf_counter() - started), statistics.median(collate_ms)
 
 

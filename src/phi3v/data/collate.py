@@ -9,53 +9,9 @@ from torch.utils.data import default_collate
 
 from ..geometry import num_image_tokens
 from ..model.packed import PackedBatch, PackLayout
-from .encode import IGNORED_LABEL, Encoded, EncodedText
+from .encode import IGNORED_LABEL, EncodedText
 
 LossWeighting = Literal["sample_mean", "token_mean"]
-
-
-class Collator:
-    """Pads encoded prompts to one length and their images to one number of crops.
-
-    Args:
-        pad_token_id: fills ``input_ids``. It may be a token that prompts also hold: the mask comes from lengths.
-        padding_side: ``left`` for generation, where every prompt must end at the last position.
-    """
-
-    def __init__(self, pad_token_id: int, padding_side: Literal["right", "left"] = "right") -> None:
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side is {padding_side!r}, must be right or left")
-        self.pad_token_id = pad_token_id
-        self.padding_side = padding_side
-
-    def __call__(self, samples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Collates B prompts, whose longest has L positions; labels are left out.
-
-        Returns:
-            ``input_ids``: (B, L) int64. ``attention_mask``: (B, L) int64, 1 at a prompt's own positions.
-            With images in: ``pixel_values``: (N, C, 3, crop_px, crop_px) float32 and ``image_sizes``: (N, 2) int64,
-            all images of the first prompt, then all of the second, and so on; C is the most crops of any of them.
-
-        Raises:
-            ValueError: no prompts.
-        """
-        if not samples:
-            raise ValueError("a batch needs at least one sample")
-        ids = [sample["input_ids"] for sample in samples]
-        batch = {
-            "input_ids": self._pad(ids, self.pad_token_id),
-            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
-        }
-        pixel_values = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if pixel_values:
-            batch["pixel_values"] = _stack_crops(pixel_values)
-            batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in samples if "image_sizes" in sample])
-        return batch
-
-    def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side
-        )
 
 
 class PackSample(NamedTuple):
@@ -169,14 +125,18 @@ class PackCollator:
             target_weights=torch.cat(row.target_weights),
             image_positions=torch.cat(row.image_positions),
             image_rows=torch.cat(row.image_rows),
-            # In a loader's worker this writes to memory shared with the main process: no second copy on the way out.
-            crops=default_collate([crop for key in computed for crop in crops[key]]) if computed else None,
+            crops=self.stack_crops([crops[key] for key in computed]) if computed else None,
             grids=tuple(grids[key] for key in computed),
             features=torch.cat([features[key] for key in known]) if features and known else None,
             image_keys=tuple(computed),
             num_samples=len(counted),
             num_positions=sum(len(sample.text.input_ids) for sample in counted),
         )
+
+    def stack_crops(self, crops: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Puts the crops of several images, (n, 3, crop_px, crop_px) each, behind each other."""
+        # In a loader's worker this writes to memory shared with the main process: no second copy on the way out.
+        return default_collate([crop for image in crops for crop in image])
 
     def _aligned(self, lengths: list[int]) -> list[int]:
         """Returns the lengths that wholes are filled up to."""
@@ -247,12 +207,3 @@ class _Row:
         if not sample.counts:
             return 0.0
         return 1.0 if self._collator.loss_weighting == "token_mean" else 1.0 / max(1, num_supervised)
-
-
-def _stack_crops(pixel_values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stacks the images of several samples, zero crops filling up to the most crops of any."""
-    most = max(images.shape[1] for images in pixel_values)
-    blank = torch.zeros_like(pixel_values[0][0, 0])
-    crops = [crop for images in pixel_values for image in images for crop in (*image, *[blank] * (most - len(image)))]
-    # In a loader's worker this writes to memory shared with the main process: no second copy on the way out.
-    return default_collate(crops).view(-1, most, *blank.shape)

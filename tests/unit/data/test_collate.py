@@ -1,4 +1,4 @@
-"""Prompts padded for generation; training samples packed into one row, from which they can be read back."""
+"""Training samples are packed into one row, from which they can be read back."""
 
 from collections.abc import Sequence
 
@@ -6,84 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from phi3v.data.collate import Collator, PackCollator, PackSample
-from phi3v.data.encode import Encoded, EncodedText
+from phi3v.data.collate import PackCollator, PackSample
+from phi3v.data.encode import EncodedText
 from phi3v.data.packing import Stem
 from phi3v.geometry import num_image_tokens
 from phi3v.model.packed import PackedBatch, PackLayout
 from training import unpack
-
-PAD = 9
-
-
-def encoded(length: int, crops: tuple[int, ...] = (), value: float = 1.0) -> Encoded:
-    """Ids are ``PAD`` throughout, as a mask made by comparing ids would get them wrong."""
-    sample = Encoded(input_ids=torch.full((length,), PAD))
-    if crops:
-        sample["pixel_values"] = torch.zeros(len(crops), max(crops), 3, 4, 4)
-        for row, count in enumerate(crops):
-            sample["pixel_values"][row, :count] = value + row
-        sample["image_sizes"] = torch.tensor([[4, 4 * (count - 1)] for count in crops])
-    return sample
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_rows_are_padded_and_masked_by_length(side):
-    lengths = [3, 5, 1]
-    batch = Collator(0, side)([encoded(length) for length in lengths])
-    for row, length in enumerate(lengths):
-        own = slice(0, length) if side == "right" else slice(5 - length, 5)
-        mask = torch.zeros(5, dtype=torch.int64)
-        mask[own] = 1
-        assert torch.equal(batch["attention_mask"][row], mask)
-        assert torch.equal(batch["input_ids"][row], mask * PAD)
-
-
-def test_a_pad_token_inside_a_prompt_stays_visible():
-    assert Collator(PAD)([encoded(3), encoded(2)])["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-
-
-def test_images_of_all_prompts_follow_one_another():
-    samples = [encoded(2, (3, 2), value=1), encoded(2), encoded(2, (5,), value=7)]
-    batch = Collator(0)(samples)
-    assert batch["pixel_values"].shape == (3, 5, 3, 4, 4)
-    assert batch["pixel_values"][:, :, 0, 0, 0].tolist() == [[1, 1, 1, 0, 0], [2, 2, 0, 0, 0], [7] * 5]
-    assert batch["image_sizes"].tolist() == [[4, 8], [4, 4], [4, 16]]
-
-
-def collate_and_tell(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], bool]:
-    batch = Collator(0)(samples)
-    return batch, batch["pixel_values"].is_shared()
-
-
-def test_a_loaders_worker_writes_images_to_the_memory_that_it_shares():
-    samples = [encoded(2, (3, 2)), encoded(4, (5,), value=7), encoded(3)]
-    loader = DataLoader(samples, batch_size=3, num_workers=1, collate_fn=collate_and_tell)  # pyright: ignore[reportArgumentType]
-    [(batch, was_shared)] = loader
-    assert was_shared  # otherwise the loader copies the whole batch once more
-    here, is_shared_here = collate_and_tell(samples)
-    assert not is_shared_here
-    assert batch.keys() == here.keys()
-    assert all(torch.equal(batch[key], here[key]) for key in here)
-
-
-def test_only_what_is_there_enters_the_batch():
-    assert set(Collator(0)([encoded(2)])) == {"input_ids", "attention_mask"}
-    assert set(Collator(0)([encoded(2, crops=(1,))])) == {
-        "input_ids",
-        "attention_mask",
-        "pixel_values",
-        "image_sizes",
-    }
-    with pytest.raises(ValueError, match="at least one"):
-        Collator(0)([])
-
-
-def test_types():
-    batch = Collator(0)([encoded(2, (1,)), encoded(3)])
-    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "image_sizes")} == {torch.int64}
-    assert batch["pixel_values"].dtype == torch.float32
-
 
 IMAGE, SIDE, SHORT = 7, 2, 60
 GRIDS = {"a": (1, 1), "b": (1, 2)}
@@ -191,6 +119,22 @@ def test_wholes_of_nearly_one_length_are_filled_up_to_it():
     assert uneven.layout == PackLayout(wholes=(49, 43))
 
 
+def pack_and_tell(groups: list[list[PackSample]]) -> tuple[PackedBatch, bool]:
+    batch = pack(*groups)
+    assert batch.crops is not None
+    return batch, batch.crops.is_shared()
+
+
+def test_a_loaders_worker_writes_crops_to_the_memory_that_it_shares():
+    groups = [[sample("a", 3, 2)], [sample("ab", 1, 1)]]
+    loader = DataLoader(groups, batch_size=2, num_workers=1, collate_fn=pack_and_tell)  # pyright: ignore[reportArgumentType]
+    [(batch, was_shared)] = loader
+    assert was_shared  # otherwise the loader copies all crops once more
+    here, is_shared_here = pack_and_tell(groups)
+    assert not is_shared_here
+    assert torch.equal(batch.crops, here.crops) and torch.equal(batch.input_ids, here.input_ids)
+
+
 def test_text_only_has_no_crops():
     batch = pack([sample("", 2, 2)])
     assert batch.crops is None and batch.grids == () and batch.image_keys == ()
@@ -206,7 +150,5 @@ def test_types_of_a_packed_batch():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="must be right or left"):
-        Collator(0, "centre")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="must be sample_mean or token_mean"):
         pack([sample("", 1, 1)], loss_weighting="sum")
