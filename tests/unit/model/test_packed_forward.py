@@ -255,7 +255,7 @@ def test_models_that_it_does_not_compute_are_refused(
 
 
 def test_float8_losses_follow_float32s(tiny_dir: Path) -> None:
-    """Thirty steps on one pack: falls to under a tenth, and never strays more than a twentieth of the first loss."""
+    """Sixty steps on one pack: both fall to under a tenth, and never part by more than a fiftieth of the first loss."""
     curves = []
     for fp8 in (False, True):
         model = load_model(tiny_dir).train()
@@ -264,7 +264,7 @@ def test_float8_losses_follow_float32s(tiny_dir: Path) -> None:
         pack = mixed_pack(model.config).packed()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses = []
-        for _ in range(30):
+        for _ in range(60):
             optimizer.zero_grad()
             loss = model(packed=pack).loss
             loss.backward()
@@ -272,5 +272,5 @@ def test_float8_losses_follow_float32s(tiny_dir: Path) -> None:
             losses.append(float(loss.detach()))
         curves.append(losses)
     exact, eighth = curves
-    assert exact[-1] < exact[0] / 10
-    assert max(abs(one - other) for one, other in zip(exact, eighth, strict=True)) < exact[0] / 20
+    assert exact[-1] < exact[0] / 10 and eighth[-1] < exact[0] / 50
+    assert max(abs(one - other) for one, other in zip(exact, eighth, strict=True)) < exact[0] / 50
