@@ -317,7 +317,7 @@ def test_an_interruption_ends_all_processes_without_a_word_from_them(tmp_path: P
         "    return task\n"
         "if __name__ == '__main__':\n"
         "    with Workers(2, dict) as workers:\n"
-        "        for task in workers.map(work, [0, 0, 2]):\n"
+        "        for task in workers.map(work, [0, 0, 60]):\n"
         "            print(task, flush=True)\n"
     )
     process = subprocess.Popen(
