@@ -164,6 +164,11 @@ class SampleEncoder:
         self._add_pixels(encoded, sample, plan.order, images)
         return encoded
 
+    def prompt_ids(self, sample: Sample, image_sizes: Sequence[tuple[int, int]], turn: int) -> list[int]:
+        """Returns the ids that ``encode_prompt`` gives a checked sample, from its images' (h, w) px alone."""
+        counts = [self.num_image_tokens(sample, size) for size in image_sizes]
+        return self._tokenize(render(sample, turn), counts)[0]
+
     def measure(self, sample: Sample, image_header_sizes: Sequence[tuple[int, int]]) -> Lengths:
         """Measures a training sample from its images' sizes alone; ``encode`` gives the same lengths.
 

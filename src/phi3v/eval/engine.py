@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 
+from ..model.checkpoint import base_of
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.packed import PackedBatch
 from ..model.packed_attention import PackedAttention
@@ -78,8 +78,7 @@ class Engine:
         max_new_tokens: int,
         most_questions: int | None = None,
     ) -> None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, Phi3VForCausalLM)
+        base = base_of(model)
         self.max_new_tokens = max_new_tokens
         self._wrapper = model
         self._model = base

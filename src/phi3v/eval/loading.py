@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
 from ..data.processes import default_num_workers
-from ..data.schema import Sample, render
+from ..data.schema import Sample
 from .prompts import Group, Picture, Prompt
 from .questions import Question
 
@@ -108,18 +108,7 @@ class QuestionLoader:
     ) -> LoadedGroup:
         prompts: list[Prompt] = []
         for question, sample in zip(questions, samples, strict=True):
-            ids = prompt_ids(self._encoder, sample, question.turn, question.image_sizes)
+            ids = self._encoder.prompt_ids(sample, question.image_sizes, question.turn)
             shown = tuple(pictures[key].result() for key in question.images)
             prompts.append(self._ask(sample, question.turn, ids, shown))
         return LoadedGroup(questions, samples, prompts, self._group(prompts), list(pictures.values()))
-
-
-def prompt_ids(encoder: SampleEncoder, sample: Sample, turn: int, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns the ids that ``encoder.encode_prompt`` gives a checked sample, from its images' (h, w) px alone."""
-    processor = encoder.processor
-    counts = [processor.image_processor.image_token_count(*size, num_crops=sample.num_crops) for size in image_sizes]
-    return [
-        token
-        for number, segment in enumerate(render(sample, turn))
-        for token in processor.encode(segment.text, counts, add_bos=number == 0)
-    ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
@@ -29,6 +30,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def is_adapter(path: str | Path) -> bool:
     """Says whether a local folder holds a PEFT adapter."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def base_of(model: nn.Module) -> Phi3VForCausalLM:
+    """Returns the model under its adapters, or the model itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, Phi3VForCausalLM)
+    return base
 
 
 def base_of_adapter(path: str | Path) -> str:

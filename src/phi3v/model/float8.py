@@ -35,18 +35,16 @@ class Float8Compute(ProjectionCompute):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the weights in float8, (out, in) or (in, out) as the product reads them along its sums, and scale."""
 
-        def make() -> torch.Tensor:
-            return quantised(projection.exact_weight(), torch.float8_e4m3fn)[0]
-
-        def scale() -> torch.Tensor:
-            return scale_of(projection.exact_weight(), torch.float8_e4m3fn)
-
         sources = projection.weights
-        found = projection.working_copy("float8", sources, dtype, make)
-        if is_transposed:
-            straight = found
-            found = projection.working_copy("float8 transposed", sources, dtype, lambda: straight.t().contiguous())
-        return found, projection.working_copy("float8 scale", sources, dtype, scale)
+        scale = projection.working_copy(
+            "float8 scale", sources, dtype, lambda: scale_of(projection.exact_weight(), torch.float8_e4m3fn)
+        )
+        straight = projection.working_copy(
+            "float8", sources, dtype, lambda: scaled_to_float8(projection.exact_weight(), scale, torch.float8_e4m3fn)
+        )
+        if not is_transposed:
+            return straight, scale
+        return projection.working_copy("float8 transposed", sources, dtype, lambda: straight.t().contiguous()), scale
 
 
 def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +56,12 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantised(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``x / scale`` (T, K) in ``dtype``, contiguous, and the scale."""
     scale = scale_of(x, dtype)
-    return kernels.for_device(x.device).to_float8(x, scale, dtype), scale
+    return scaled_to_float8(x, scale, dtype), scale
+
+
+def scaled_to_float8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns ``x / scale`` (T, K) in ``dtype``, contiguous."""
+    return kernels.for_device(x.device).to_float8(x, scale, dtype)
 
 
 def scaled_product(

@@ -8,7 +8,7 @@ log-sum-exp and nothing else of the other half, so no stem's keys are ever copie
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -396,8 +396,3 @@ def _padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces:
     keys, values = (tensor[pieces.keys].transpose(1, 2) for tensor in (k, v))
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=pieces.is_seen)
     return out.transpose(1, 2).flatten(0, 1)[pieces.kept]
-
-
-def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackLayout) -> Any:
-    """Returns attention over a layout, (T, heads, head_dim), without a backward pass."""
-    return PackedAttention(layout, q.device, q.dtype).forward(q, k, v)[0]

@@ -12,10 +12,11 @@ from torch import nn
 
 from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
+from phi3v.model.checkpoint import base_of
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import PARTS, is_never_used, part_of
-from phi3v.train.tuning import IMAGE_PARTS, Precision, adaptable_modules, base_of, learning_rate_of
+from phi3v.train.tuning import IMAGE_PARTS, Precision, adaptable_modules, learning_rate_of
 
 _LOSS_SCALES = (65536.0, 1024.0, 16.0, 1.0)
 """Factors tried on an fp16 loss, highest first: small gradients vanish in fp16 without one, and large ones overflow."""

@@ -21,6 +21,7 @@ from phi3v.data.collate import PackCollator
 from phi3v.data.packing import Budget, MicroBatch, Packing, SampleCosts, load_of
 from phi3v.errors import ConfigError
 from phi3v.model.checkpoint import (
+    base_of,
     dtype_of_folder,
     is_adapter,
     load_four_bit_model,
@@ -62,7 +63,6 @@ from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tuning import (
     IMAGE_PARTS,
     Precision,
-    base_of,
     choose_precision,
     parameter_groups,
     select_trainable,

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from phi3v.data.collate import LossWeighting
 from phi3v.errors import CheckpointError
+from phi3v.model.checkpoint import base_of
 from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import part_of
 from phi3v.train.batches import WindowPlan, WindowReader, Windows
 from phi3v.train.feature_cache import FeatureCache, compute_missing
-from phi3v.train.tuning import IMAGE_PARTS, base_of
+from phi3v.train.tuning import IMAGE_PARTS
 from phi3v.train.weights import restore_weights
 
 

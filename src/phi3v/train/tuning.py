@@ -71,13 +71,6 @@ def choose_precision(config: TrainConfig, device: str) -> Precision:
     return Precision(name=name, weights=DTYPE_NAMES[name] if config.trains_adapters else "float32")
 
 
-def base_of(model: nn.Module) -> Phi3VForCausalLM:
-    """Returns the model under its adapters, or the model itself."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, Phi3VForCausalLM)
-    return base
-
-
 def select_trainable(model: Phi3VForCausalLM, config: TrainConfig) -> None:
     """Sets ``requires_grad`` of every parameter: on in the parts that the run trains, off in the others.
 

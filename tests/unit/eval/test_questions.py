@@ -14,7 +14,6 @@ from PIL import Image
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError, DataError
-from phi3v.eval.loading import prompt_ids
 from phi3v.eval.questions import Question, check_labels, group_questions, list_questions, share_of
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -83,7 +82,7 @@ def test_listed_questions_know_their_prompts(processor: Phi3VProcessor, tmp_path
         sample = dataset[one.index]
         images = dataset.load_images(sample, one.turn)
         expected = encoder.encode_prompt(sample, images, one.turn)["input_ids"].tolist()
-        assert prompt_ids(encoder, sample, one.turn, one.image_sizes) == expected
+        assert encoder.prompt_ids(sample, one.image_sizes, one.turn) == expected
         assert one.image_sizes == tuple((image.height, image.width) for image in images)
     assert questions[4].images == questions[0].images
     assert len({key for one in questions for key in one.images}) == 4, "other num_crops are another image"
