@@ -306,6 +306,7 @@ class TrainConfig(RunConfig):
         HARDWARE,
         "Multiply the decoder's linear layers in float8: faster on GPUs that have it, and no longer exact.",
         default=False,
+        needs=("method=full|frozen_vision|lora",),
     )
     vision_cache: Path | None = setting(
         HARDWARE,

@@ -232,6 +232,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
         ({"eval_data": ["e"], "eval_labels": ["yes"]}, "eval_labels is 'yes'; a closed set has at least two different"),
         ({"eval_data": ["e"], "eval_labels": ["a", "b", "a"]}, "a closed set has at least two different answers"),
         ({"lora_rank": 8}, "lora_rank is set, but nothing would read it: it needs method=lora or qlora"),
+        ({"method": "qlora", "fp8": True}, "fp8 is set, but nothing would read it: it needs method=full"),
         ({"eval_steps": 8}, "eval_steps is set, but nothing would read it: it needs eval_data"),
         (
             {"eval_data": ["a"], "early_stopping_patience": 2},

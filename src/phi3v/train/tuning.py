@@ -17,6 +17,9 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import is_never_used, part_of
 from phi3v.model.placement import DTYPE_NAMES, resolve_precision
 
+FLOAT8_CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's GPUs multiply in float8: Ada, Hopper and later."""
+
 IMAGE_PARTS = ("vision", "projector")
 """Parts that only samples with images reach."""
 
@@ -61,9 +64,11 @@ def choose_precision(config: TrainConfig, device: str) -> Precision:
     """Turns the configured precision into number formats for ``device``.
 
     Raises:
-        ConfigError: fp16 on a CPU, or bf16 on a GPU without it.
+        ConfigError: fp16 on a CPU, or bf16 or float8 on a GPU without it.
     """
     name = resolve_precision(config.precision, device)
+    if config.fp8 and device == "cuda" and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        raise ConfigError(f"fp8 is on, but {torch.cuda.get_device_name()} has no float8 products; leave fp8 out")
     if name == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"precision is bf16, which {torch.cuda.get_device_name()} does not have; set precision to fp16 or fp32"

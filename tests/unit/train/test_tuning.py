@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,6 +144,19 @@ def test_every_trainable_parameter_has_one_group_with_its_rates(tiny_model: Phi3
 def test_trained_weights_stay_float32(precision: str, method: str, expected: tuple[str, str]) -> None:
     chosen = choose_precision(config(precision=precision, method=method), "cpu")
     assert (chosen.name, chosen.weights) == expected
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_float8_needs_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_refused: bool
+) -> None:
+    """What torch tells of the GPU is put in its place: there is none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    with pytest.raises(ConfigError, match="A GPU has no float8") if is_refused else nullcontext():
+        choose_precision(config(precision="fp32", fp8=True), "cuda")
+    choose_precision(config(precision="fp32"), "cuda")
+    choose_precision(config(precision="fp32", fp8=True), "cpu")
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
