@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from phi3v.data import collate
 from phi3v.data.collate import LossWeighting, PackCollator
 from phi3v.data.dataset import ConversationDataset, check_dataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import Budget, CostRecorder, MicroBatch, Packing, load_of, plan_window
+from phi3v.model import packed
 from phi3v.model.checkpoint import load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
@@ -171,7 +171,7 @@ def test_filled_up_lengths_change_nothing(
     short_dir: Path, processor: Phi3VProcessor, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU whose attention wants pieces of one length, however much filling that takes."""
-    monkeypatch.setattr(collate, "MOST_ALIGNING_SHARE", 100)
+    monkeypatch.setattr(packed, "MOST_ALIGNING_SHARE", 100)
     window = Window(data, processor, "sample_mean")
     model = prepared(short_dir, "full")
     expected = window.loss_alone(model)

@@ -60,7 +60,7 @@ class BenchOptions:
 
     method: Method = "full"
     lora_rank: int = 64
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch_size: int = 64
     micro_batch_tokens: int | None = None
     checkpointing: Checkpointing = "auto"

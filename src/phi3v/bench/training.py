@@ -42,6 +42,7 @@ class Trainee:
         config: the run that is imitated.
         precision: number formats.
         device: where everything is.
+        scaler: scales the loss of fp16; lets everything else through.
     """
 
     model: Phi3VForCausalLM
@@ -50,6 +51,7 @@ class Trainee:
     config: TrainConfig
     precision: Precision
     device: torch.device
+    scaler: torch.amp.GradScaler
 
     def step(self, batches: Iterable[PackedBatch], num_samples: int, watch: Stopwatch | None = None) -> torch.Tensor:
         """Takes one optimizer step; returns its loss, on the device.
@@ -60,6 +62,7 @@ class Trainee:
             watch: books the copy to the device on ``data``, the rest on ``vision``, ``decoder`` and ``optimizer``.
         """
         enter = watch.enter if watch is not None else lambda _: None
+        scaler = self.scaler
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             enter("data")
@@ -67,12 +70,14 @@ class Trainee:
             enter("decoder")
             with self.precision.autocast(self.device):
                 share = self.learner(packed=on_device).loss / num_samples
-            share.backward()
+            scaler.scale(share).backward()
             loss += share.detach()
         enter("optimizer")
         learning = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+        scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
-        self.optimizer.step()
+        scaler.step(self.optimizer)
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -161,7 +166,8 @@ def build_trainee(options: BenchOptions, config: Phi3VConfig, device: torch.devi
         eps=train_config.adam_epsilon,
         fused=device.type == "cuda",
     )
-    return Trainee(model, learner, optimizer, train_config, precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
+    return Trainee(model, learner, optimizer, train_config, precision, device, scaler)
 
 
 def choose_policy(

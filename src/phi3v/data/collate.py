@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ..geometry import num_image_tokens
-from ..model.packed import PackedBatch, PackLayout
+from ..model.packed import PackedBatch, PackLayout, aligned_lengths
 from .encode import IGNORED_LABEL, EncodedText
 
 LossWeighting = Literal["sample_mean", "token_mean"]
@@ -26,10 +26,6 @@ class PackSample(NamedTuple):
     text: EncodedText
     image_keys: tuple[str, ...]
     counts: bool = True
-
-
-MOST_ALIGNING_SHARE = 0.02
-"""Share of the wholes' positions that aligning them may add; uneven ones are left as they are."""
 
 
 class PackCollator:
@@ -100,7 +96,7 @@ class PackCollator:
         row = _Row(self, rows)
         for first, _ in stems:
             row.add(first, end=first.text.stem.tokens)
-        aligned = self._aligned([len(sample.text.input_ids) for sample in wholes])
+        aligned = aligned_lengths([len(sample.text.input_ids) for sample in wholes], self.alignment)
         for sample, length in zip(wholes, aligned, strict=True):
             row.add(sample)
             row.fill(length - len(sample.text.input_ids))
@@ -137,14 +133,6 @@ class PackCollator:
         """Puts the crops of several images, (n, 3, crop_px, crop_px) each, behind each other."""
         # In a loader's worker this writes to memory shared with the main process: no second copy on the way out.
         return default_collate([crop for image in crops for crop in image])
-
-    def _aligned(self, lengths: list[int]) -> list[int]:
-        """Returns the lengths that wholes are filled up to."""
-        if self.alignment == 1 or not lengths:
-            return lengths
-        longest = -(-max(lengths) // self.alignment) * self.alignment
-        filling = longest * len(lengths) - sum(lengths)
-        return [longest] * len(lengths) if filling <= MOST_ALIGNING_SHARE * sum(lengths) else lengths
 
     def _begin_alike(self, group: Sequence[PackSample]) -> Iterable[list[PackSample]]:
         """Sorts a group by what is really equal: what planned it compared hashes."""

@@ -15,7 +15,7 @@ import torch
 from ..model.checkpoint import base_of
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.packed import PackedBatch
-from ..model.packed_attention import PackedAttention
+from ..model.packed_attention import PackedAttention, row_alignment
 from ..model.packed_forward import embed_packed, product_dtype, run_decoder
 from .decode import KeyValueStore, Row, Shape, Stepper, logits_of, shape_of
 from .prompts import Group, PackedReadings, Prompt, PromptReader, Reading
@@ -90,6 +90,7 @@ class Engine:
             tokens_per_side=config.tokens_per_side,
             short_positions=rope.original_positions if rope.mode == "auto" else None,
             is_always_long=rope.mode == "long",
+            alignment=row_alignment(self.device),
         )
         dims = config.dims
         dtype = product_dtype(base.model)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..geometry import num_image_tokens
-from ..model.packed import PackedBatch, PackLayout
+from ..model.packed import PackedBatch, PackLayout, aligned_lengths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,15 +100,24 @@ class PromptReader:
         tokens_per_side: image tokens along a crop's edge.
         short_positions: longest sequence that LongRoPE's short factors reach; None: length decides nothing.
         is_always_long: whether the long factors apply where length decides nothing.
+        alignment: readings that share nothing and have nearly one length are filled up to a multiple of this in a row,
+            as ``aligned_lengths`` says; 1: none is.
     """
 
     def __init__(
-        self, *, image_token_id: int, tokens_per_side: int, short_positions: int | None, is_always_long: bool = False
+        self,
+        *,
+        image_token_id: int,
+        tokens_per_side: int,
+        short_positions: int | None,
+        is_always_long: bool = False,
+        alignment: int = 1,
     ) -> None:
         self._image_token_id = image_token_id
         self._tokens_per_side = tokens_per_side
         self._short_positions = short_positions
         self._is_always_long = is_always_long
+        self.alignment = alignment
 
     def read(self, prompt: Prompt, max_new_tokens: int) -> list[Reading]:
         """Returns a prompt's readings, its answer's first."""
@@ -242,6 +251,12 @@ class PackedReadings:
     scored: tuple[Reading, ...]
 
 
+def _filled(piece: Piece, length: int) -> torch.Tensor:
+    """Returns a piece's ids, (length,) int64; behind its end its last one again, which nothing of the row sees."""
+    ids = torch.tensor(piece.reading.ids[piece.begin : piece.end])
+    return torch.cat([ids, ids[-1:].expand(length - len(ids))])
+
+
 def _pack(reader: PromptReader, groups: Sequence[Group]) -> PackedReadings:
     shared = [number for number, group in enumerate(groups) if group.stem]
     alone = [number for number, group in enumerate(groups) if not group.stem]
@@ -249,8 +264,11 @@ def _pack(reader: PromptReader, groups: Sequence[Group]) -> PackedReadings:
     pieces += [Piece(groups[number].readings[0], 0, len(groups[number].readings[0].ids)) for number in alone]
     trunk = len(pieces)
     pieces += [Piece(one, groups[number].stem, len(one.ids)) for number in shared for one in groups[number].readings]
-    ends = list(accumulate(piece.end - piece.begin for piece in pieces))
-    spans = [(end - (piece.end - piece.begin), end) for piece, end in zip(pieces, ends, strict=True)]
+    aligned = aligned_lengths([piece.end for piece in pieces[len(shared) : trunk]], reader.alignment)
+    lengths = [piece.end - piece.begin for piece in pieces]
+    places = [*lengths[: len(shared)], *aligned, *lengths[trunk:]]
+    starts = accumulate(places, initial=0)
+    spans = [(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 
     stems = dict(zip([*shared, *alone], spans[:trunk], strict=True))
     branches: dict[int, tuple[tuple[int, int], ...]] = {number: (stems[number],) for number in alone}
@@ -283,14 +301,18 @@ def _pack(reader: PromptReader, groups: Sequence[Group]) -> PackedReadings:
     batch = PackedBatch(
         layout=PackLayout(
             stems=tuple(groups[number].stem for number in shared),
-            wholes=tuple(len(groups[number].readings[0].ids) for number in alone),
+            wholes=tuple(aligned),
             branches=tuple(
                 tuple(len(one.ids) - groups[number].stem for one in groups[number].readings) for number in shared
             ),
         ),
-        input_ids=torch.tensor([token for piece in pieces for token in piece.reading.ids[piece.begin : piece.end]]),
-        position_ids=torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces]),
-        is_long=torch.cat([torch.full((piece.end - piece.begin,), piece.reading.is_long) for piece in pieces]),
+        input_ids=torch.cat([_filled(piece, place) for piece, place in zip(pieces, places, strict=True)]),
+        position_ids=torch.cat(
+            [torch.arange(piece.begin, piece.begin + place) for piece, place in zip(pieces, places, strict=True)]
+        ),
+        is_long=torch.cat(
+            [torch.full((place,), piece.reading.is_long) for piece, place in zip(pieces, places, strict=True)]
+        ),
         target_positions=torch.tensor([position for position, _, _ in targets], dtype=torch.int64),
         target_ids=torch.tensor([token for _, token, _ in targets], dtype=torch.int64),
         target_weights=torch.ones(len(targets)),

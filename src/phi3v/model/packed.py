@@ -6,6 +6,7 @@ stem and itself, a stem and a whole see themselves, and positions go on from the
 sequence computes what it would compute alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, chain
@@ -74,6 +75,27 @@ class PackLayout:
     def num_sequences(self) -> int:
         """Sequences that the row holds: wholes and branches."""
         return len(self.pieces) - len(self.stems)
+
+
+MOST_ALIGNING_SHARE = 0.02
+"""Share of the wholes' positions that aligning them may add; uneven ones are left as they are."""
+
+
+def aligned_lengths(lengths: Sequence[int], alignment: int) -> list[int]:
+    """Returns what wholes are filled up to behind their last position, where nothing of theirs sees the filling.
+
+    Args:
+        lengths: of the wholes of a row.
+        alignment: wholes of nearly one length get one that is a multiple of this; 1: none is filled.
+
+    >>> aligned_lengths([2530, 2541, 2544], 16), aligned_lengths([700, 2544], 16)
+    ([2544, 2544, 2544], [700, 2544])
+    """
+    if alignment == 1 or not lengths:
+        return list(lengths)
+    longest = -(-max(lengths) // alignment) * alignment
+    filling = longest * len(lengths) - sum(lengths)
+    return [longest] * len(lengths) if filling <= MOST_ALIGNING_SHARE * sum(lengths) else list(lengths)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from phi3v.eval import engine as engine_module
 from phi3v.eval.decode import KeyValueStore, Row, Shape, Step, Stepper, shape_of
 from phi3v.eval.engine import Engine
 from phi3v.eval.prompts import Prompt
+from phi3v.model import packed
 from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from prompting import Ask, plain_inputs, plain_tokens
@@ -135,13 +136,16 @@ def test_across_the_limit_of_the_short_factors(
     assert (expected == before) == (rope_mode != "auto"), "the factors matter"
 
 
-def test_with_an_adapter(tiny_model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_with_an_adapter(tiny_model: Phi3VForCausalLM, prompts: list[Prompt], use_dora: bool) -> None:
     base = generate(tiny_model, prompts)
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        tiny_model,
-        LoraConfig(r=4, target_modules=r"lm_head|.*(qkv_proj|down_proj|img_projection\.0)", init_lora_weights=False),
-    ).train()
+    targets = r"lm_head|.*(qkv_proj|down_proj|img_projection\.0)"
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=use_dora)
+    adapted = get_peft_model(tiny_model, settings).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.8, 1.2)
     found = generate(adapted, prompts)
     assert adapted.training and tiny_model.training
     adapted.eval()
@@ -310,6 +314,23 @@ def test_filled_up_sizes_and_graphs_change_no_token(
     engine.answer(engine.group([*prompts, Prompt([*prompts[0].ids] * 20)]))
     assert len(captured) == 2
     assert engine._stepper._steps.keys() == {captured[1]}
+
+
+def test_filled_up_prompts_change_no_token(
+    tiny_model: Phi3VForCausalLM, prompts: list[Prompt], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU whose attention wants pieces of one length, however much filling that takes."""
+    prompts = [*prompts, *(ask("Why? " * number, labels=((5, 7), (9,))) for number in range(1, 4))]
+    engine = Engine(tiny_model, stop_token_ids=(), max_new_tokens=NUM_TOKENS)
+    expected = engine.answer(engine.group(prompts))
+    monkeypatch.setattr(packed, "MOST_ALIGNING_SHARE", 100)
+    engine._reader.alignment = 16
+    batch = engine._reader.pack(engine.group(prompts)).batch
+    assert len(set(batch.layout.wholes)) == 1 and len(batch.input_ids) == batch.layout.num_tokens
+    found = engine.answer(engine.group(prompts))
+    assert [found[one].tokens for one in prompts] == [expected[one].tokens for one in prompts]
+    for one in prompts:
+        assert found[one].log_likelihoods == pytest.approx(expected[one].log_likelihoods, abs=1e-5)
 
 
 def test_room_is_by_questions_and_by_memory(tiny_model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:
