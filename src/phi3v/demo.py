@@ -236,7 +236,7 @@ KILL_AT_STEP = 150
 
 
 def run_demo(folder: Path) -> None:
-    """Builds, trains, kills, resumes, adapts, merges, evaluates, asks and reports, printing every command it runs.
+    """Builds, trains, kills, resumes, adapts, exports, evaluates, asks and reports, printing every command it runs.
 
     Args:
         folder: made anew; an older demo's folder of that name is replaced, any other is refused.
@@ -259,16 +259,16 @@ def run_demo(folder: Path) -> None:
     _phi3v("train", folder / "full.yaml")
     _say("LoRA on the trained model: a new question")
     _phi3v("train", folder / "lora.yaml")
-    _say("Merge the adapter, reload the result and compare the two")
-    _phi3v("merge", folder / "lora" / "model", folder / "merged")
-    _say("The merged folder answers the new question from the test set")
+    _say("Export: merge the adapter, reload the result in a fresh process and compare the two")
+    _phi3v("export", folder / "lora", folder / "exported")
+    _say("The exported folder answers the new question from the test set")
     _phi3v(
-        *("eval", "--model", folder / "merged", "--data", folder / "data" / "spell-test.jsonl"),
-        *("--output_dir", folder / "eval-merged", "--batch_size", "120", "--max_new_tokens", "10"),
+        *("eval", "--model", folder / "exported", "--data", folder / "data" / "spell-test.jsonl"),
+        *("--output_dir", folder / "eval-exported", "--batch_size", "120", "--max_new_tokens", "10"),
         *("--device", "cpu"),
     )
     image = folder / "data" / "images" / "0003.png"
-    _phi3v("generate", "--model", folder / "merged", "--image", image, "--prompt", NEW_QUESTION, "--device", "cpu")
+    _phi3v("generate", "--model", folder / "exported", "--image", image, "--prompt", NEW_QUESTION, "--device", "cpu")
     _say("Reports")
     for run in ("full", "lora"):
         _phi3v("report", folder / run)

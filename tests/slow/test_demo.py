@@ -11,7 +11,7 @@ from phi3v.runlog import RunDirectory
 
 
 @pytest.mark.slow
-def test_the_demo_learns_resumes_merges_and_reports(tmp_path: Path) -> None:
+def test_the_demo_learns_resumes_exports_and_reports(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     command = [sys.executable, "-m", "phi3v", "demo", "--output_dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -27,5 +27,6 @@ def test_the_demo_learns_resumes_merges_and_reports(tmp_path: Path) -> None:
         assert before["high"] < 0.2
         assert after["low"] > 0.75
         assert run.report_path.is_file()
-    merged = json.loads((folder / "eval-merged" / "eval.json").read_text())
-    assert merged["score"] == lora.evaluation("after")["score"]  # pyright: ignore[reportOptionalSubscript]
+    assert json.loads((folder / "exported" / "export_check.json").read_text())["verdict"] == "passed"
+    exported = json.loads((folder / "eval-exported" / "eval.json").read_text())
+    assert exported["score"] == lora.evaluation("after")["score"]  # pyright: ignore[reportOptionalSubscript]

@@ -39,17 +39,28 @@ def generate_once(
     sample = Sample(id="prompt", turns=(turn,), system=system, num_crops=num_crops, source=None, where="command line")
     encoded = SampleEncoder(processor).encode_prompt(sample, images, turn=0)
     engine = Engine(model, stop_token_ids=processor.stop_token_ids, max_new_tokens=max_new_tokens)
-    asked = Prompt(encoded["input_ids"].tolist(), _pictures(encoded, processor.image_processor.crop_px))
+    asked = prompt_of(encoded, processor.image_processor.crop_px)
     return text_of(processor, engine.answer(engine.group([asked]))[asked])
 
 
-def _pictures(encoded: Encoded, crop_px: int) -> tuple[Picture, ...]:
+def prompt_of(encoded: Encoded, crop_px: int, name: str = "prompt") -> Prompt:
+    """Makes a prompt out of an encoded question; an answer is generated to it.
+
+    Args:
+        encoded: what ``SampleEncoder.encode_prompt`` returns.
+        crop_px: crop edge, pixels.
+        name: tells its images from those of other prompts.
+    """
+    return Prompt(encoded["input_ids"].tolist(), _pictures(encoded, crop_px, name))
+
+
+def _pictures(encoded: Encoded, crop_px: int, name: str) -> tuple[Picture, ...]:
     """Returns a prompt's images, each without the crops that only fill up."""
     if "pixel_values" not in encoded or "image_sizes" not in encoded:
         return ()
     grids = [(height // crop_px, width // crop_px) for height, width in encoded["image_sizes"].tolist()]
     return tuple(
-        Picture(str(number), crops[: rows * columns + 1], (rows, columns))
+        Picture(f"{name} {number}", crops[: rows * columns + 1], (rows, columns))
         for number, (crops, (rows, columns)) in enumerate(zip(encoded["pixel_values"], grids, strict=True))
     )
 

@@ -1,39 +1,35 @@
 """A merge is called done only when the merged folder answers as its adapter does."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.eval.merge import merge_and_verify
+from phi3v.export.merge import merge_and_verify
 from phi3v.model.checkpoint import load_model, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
-TARGETS = r"lm_head|.*(qkv_proj|o_proj|gate_up_proj|down_proj|layers\.[01]\.self_attn\.q_proj|img_projection\.0)"
+DECODER = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+TARGETS = [*DECODER, "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "img_projection.0", "lm_head"]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (50, 70), "orange").save(tmp_path / "images" / "a.png")
-    rows = [{"images": ["a.png"], "user": "Colour?", "assistant": "orange"}, {"user": "Hi", "assistant": "Hello."}]
-    lines = [json.dumps({"id": str(index), "conversations": [row]}) for index, row in enumerate(rows)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return tmp_path / "data.jsonl"
-
-
-@pytest.fixture
-def adapter(tiny_dir: Path, processor: Phi3VProcessor, tmp_path: Path) -> Path:
+def adapter(request: pytest.FixtureRequest, tiny_dir: Path, processor: Phi3VProcessor, tmp_path: Path) -> Path:
+    """A LoRA adapter, or whatever variant of it a test asks for; DoRA's rows have other lengths than the base's."""
     torch.manual_seed(0)
-    model = get_peft_model(load_model(tiny_dir), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    variant = getattr(request, "param", {})
+    settings = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **variant)
+    model = get_peft_model(load_model(tiny_dir), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.8, 1.2)
     return save_model(model, processor, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"use_rslora": True}], indirect=True, ids=str)
 def test_a_merge_equals_its_adapter(adapter: Path, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     report = merge_and_verify(adapter, tmp_path / "merged", data=[data])
     assert report.dtype == "float32"
@@ -61,7 +57,7 @@ def test_a_merge_that_lost_the_adapter_is_removed(
     adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault: merging leaves one adapted matrix out."""
-    from phi3v.eval import merge
+    from phi3v.export import writing
 
     def forgetful(model: object, dtype: torch.dtype) -> object:
         merged = real(model, dtype)
@@ -69,8 +65,8 @@ def test_a_merge_that_lost_the_adapter_is_removed(
             merged.lm_head.weight += 0.3
         return merged
 
-    real = merge.merge_adapter
-    monkeypatch.setattr(merge, "merge_adapter", forgetful)
+    real = writing.merge_adapter
+    monkeypatch.setattr(writing, "merge_adapter", forgetful)
     with pytest.raises(CheckpointError, match="does not answer as the adapter does and was removed"):
         merge_and_verify(adapter, tmp_path / "merged", data=[data])
     assert not (tmp_path / "merged").exists()

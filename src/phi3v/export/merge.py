@@ -1,0 +1,75 @@
+"""Merging an adapter into its base, called done only after the merged folder answers as the adapter does."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import is_adapter, load_processor
+from .comparison import Comparison
+from .readings import choose_samples, read_folder
+from .trained import find_trained
+from .writing import write_and_compare
+
+
+def merge_and_verify(
+    adapter: Path,
+    output_dir: Path,
+    *,
+    base: str | None = None,
+    data: Sequence[Path] = (),
+    image_dir: Path | None = None,
+    num_samples: int = 4,
+    dtype: str = "auto",
+) -> Comparison:
+    """Merges, saves, reloads and compares; a folder that does not pass is removed again.
+
+    The base is the unquantised one, also for an adapter that was trained on it in 4 bit. The sum is formed in float32
+    and rounded once to ``dtype``.
+
+    Args:
+        adapter: a PEFT adapter folder, such as ``RUN/model``.
+        output_dir: must not exist, or be empty.
+        base: the base model, where it is not where the adapter says.
+        data: JSONL files to take the samples from; default: the data of the run that the adapter lies in.
+        image_dir: their image folder.
+        num_samples: how many, spread over the data.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the base's own.
+
+    Raises:
+        CheckpointError: not an adapter, or the merged folder does not match it.
+        ConfigError: no data to compare on, or ``output_dir`` is in use.
+    """
+    if not is_adapter(adapter):
+        raise CheckpointError(
+            f"{adapter}: holds no adapter_config.json; merge takes an adapter folder such as RUN/model"
+        )
+    require_empty(output_dir)
+    trained = find_trained(adapter, base=base)
+    files, image_dir = trained.samples_files(data, image_dir)
+    processor = load_processor(adapter)
+    comparison = write_and_compare(
+        trained,
+        processor,
+        output_dir,
+        samples=choose_samples(processor, files, image_dir, num_samples),
+        dtype=dtype,
+        read=read_folder,
+        say=lambda text: None,
+    )
+    if problems := comparison.problems():
+        shutil.rmtree(output_dir)
+        raise CheckpointError(
+            f"the merged model does not answer as the adapter does and was removed: {' '.join(problems)} ({comparison})"
+        )
+    return comparison
+
+
+def require_empty(output_dir: Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError(f"{output_dir} is not empty; give another output folder")

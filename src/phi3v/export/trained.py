@@ -1,0 +1,142 @@
+"""What is exported: a run's result, a model folder or an adapter folder, and what its run says about it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RopeMode
+from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from ..runlog import RunDirectory
+
+PUBLISHED_MODELS = {
+    "Phi-3.5-vision-instruct": "microsoft/Phi-3.5-vision-instruct",
+    "Phi-3-vision-128k-instruct": "microsoft/Phi-3-vision-128k-instruct",
+}
+"""Hub ids of the published models, by what their ``config.json`` calls itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained model on disk.
+
+    Attributes:
+        folder: published layout, or a PEFT adapter.
+        run: the run that it is the result of; None where that is not known.
+        settings: of that run, as its ``config.yaml`` says; empty without one.
+        base: the unquantised base model under an adapter; None for a whole model.
+        rope_mode: LongRoPE factors that it was trained with; ``auto`` where that is not known.
+    """
+
+    folder: Path
+    run: RunDirectory | None
+    settings: dict[str, Any]
+    base: str | None
+    rope_mode: RopeMode
+
+    @property
+    def weights_folder(self) -> str:
+        """Where the weights of the whole model lie: the base's folder or hub id under an adapter."""
+        return self.base or str(self.folder)
+
+    def samples_files(self, data: Sequence[Path], image_dir: Path | None) -> tuple[list[Path], Path | None]:
+        """Returns the data files to compare on, and their image folder.
+
+        Args:
+            data: what the user names; empty: the run's evaluation data, or its training data where it has none.
+            image_dir: of ``data``.
+
+        Raises:
+            ConfigError: nothing is named and no run is known.
+        """
+        if data:
+            return list(data), image_dir
+        files = self.settings.get("eval_data") or self.settings.get("train_data")
+        if not files:
+            raise ConfigError(
+                f"{self.folder} does not lie in a run directory; name real samples to compare on with --data FILE.jsonl"
+            )
+        own = image_dir or self.settings.get("image_dir")
+        return [Path(file) for file in files], Path(own) if own else None
+
+    def published_base(self) -> str | None:
+        """Returns the hub id of the model that training started from; None where its folder does not say."""
+        start = self.base or self.settings.get("model")
+        return published_name(start) if start else published_name(str(self.folder))
+
+
+def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode | None = None) -> Trained:
+    """Finds out what ``source`` is.
+
+    Args:
+        source: a run directory, a model folder or an adapter folder.
+        base: the base model, where it is not where the adapter says.
+        rope_mode: what a model without a run was trained with; a run knows it.
+
+    Raises:
+        CheckpointError: none of the three, or a run that has no result yet.
+        ConfigError: the run's ``config.yaml`` cannot be read, or ``base`` was given for a whole model.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; give a run directory, a model folder or an adapter folder")
+    is_model = any((source / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    run = RunDirectory(source.resolve().parent if is_model else source)
+    if not is_model and not run.config_path.is_file():
+        raise CheckpointError(
+            f"{source}: holds no config.json, {ADAPTER_CONFIG} or run; give a run directory, a model folder or an "
+            "adapter folder"
+        )
+    folder = source if is_model else run.model_dir
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{source}: this run has no result yet (no model/ in it); end it with the same `phi3v train` command"
+        )
+    # A model folder belongs to the run around it under its own name only: RUN/checkpoints/... and copies do not.
+    is_of_run = folder.resolve() == run.model_dir.resolve() and run.config_path.is_file()
+    settings = (run.config() or {}) if is_of_run else {}
+    adapter = is_adapter(folder)
+    if base is not None and not adapter:
+        raise ConfigError(f"--base {base}: {folder} is a whole model and stands on no other; leave --base out")
+    trained_mode = settings.get("rope_mode") or rope_mode or "auto"
+    return Trained(
+        folder=folder,
+        run=run if is_of_run else None,
+        settings=settings,
+        base=(base or base_of_adapter(folder)) if adapter else None,
+        rope_mode=trained_mode,
+    )
+
+
+def published_name(model: str) -> str | None:
+    """Returns the hub id behind a model's name or folder; None where the folder does not say.
+
+    A folder says it in the model card that an export writes, or as the published ``config.json`` does.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        # A relative path whose folder has gone looks like a hub id too, but its parent folder is often still there.
+        is_hub_id = model.count("/") == 1 and not folder.is_absolute() and not model.startswith((".", "~"))
+        return model if is_hub_id and not folder.parent.exists() else None
+    card = folder / "README.md"
+    if card.is_file():
+        named = _front_matter(card.read_text("utf-8", errors="replace")).get("base_model")
+        if isinstance(named, str):
+            return named
+    config_file = folder / "config.json"
+    named = json.loads(config_file.read_text("utf-8")).get("_name_or_path", "") if config_file.is_file() else ""
+    return PUBLISHED_MODELS.get(str(named).rpartition("/")[2])
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    """Returns the metadata at the head of a model card; empty where there is none that can be read."""
+    if not card.startswith("---\n"):
+        return {}
+    try:
+        head = yaml.safe_load(card[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return head if isinstance(head, dict) else {}
