@@ -14,8 +14,8 @@ from phi3v.config import EvalConfig
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError
-from phi3v.eval.merge import merge_and_verify
 from phi3v.eval.run import run_evaluation
+from phi3v.export.merge import merge_and_verify
 from phi3v.model.checkpoint import load_four_bit_model, load_model, load_processor
 from phi3v.runlog import RunDirectory
 from phi3v.train.run import run_training
@@ -125,6 +125,26 @@ def test_the_result_stands_on_the_base_in_its_own_precision(
         model=str(path / "model"), data=[data / "eval.jsonl"], output_dir=tmp_path / "scores", max_new_tokens=2
     )
     assert run_evaluation(settings).score.n == 3
+
+
+def test_every_part_in_4_bit_with_dora_and_rslora(wide_dir: Path, data: Path, tmp_path: Path) -> None:
+    """It learns, magnitudes and all, every layer that may be in 4 bit is, and the result merges into the base."""
+    asked = {"four_bit_parts": ["vision", "projector", "decoder"], "use_dora": True, "use_rslora": True}
+    models: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        build = run.build_model
+        patch.setattr(run, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+        path = run_training(make_config(wide_dir, data, tmp_path / "run", **QLORA, **asked, lora_alpha=90))
+    layers = [one for one in models[0].modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 18 + 2 + 8, "CLIP's last layer among them"
+    losses = [line["loss"] for line in RunDirectory(path).steps()]
+    assert losses[-1] < losses[0] / 3
+    settings = json.loads((path / "model" / "adapter_config.json").read_text())
+    assert settings["use_dora"] and settings["use_rslora"]
+    names = final_weights(path).keys()
+    assert sum("lora_magnitude_vector" in name for name in names) == sum("lora_A" in name for name in names) == 23
+    report = merge_and_verify(path / "model", tmp_path / "merged", data=[data / "eval.jsonl"])
+    assert report.relative_difference < 1e-5 < report.adapter_effect
 
 
 def test_a_missing_package_is_told_before_the_data_is_read(

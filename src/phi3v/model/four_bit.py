@@ -1,9 +1,10 @@
-"""The decoder in 4 bit: bitsandbytes' nf4 with double quantisation, as a base for adapters.
+"""Parts in 4 bit: bitsandbytes' nf4 with double quantisation, as a base for adapters.
 
 bitsandbytes is an optional package; only runs that ask for 4 bit import it from here.
 Source: QLoRA, Dettmers et al. 2023, section 3; bitsandbytes 0.50.2.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ..errors import ConfigError
+from .parts import part_of
 
-NOT_QUANTISED = ["model.vision_embed_tokens", "lm_head"]
-"""Modules whose linear layers keep their number format; those that are left are the decoder layers' own."""
-
+PLACES = {
+    "vision": "model.vision_embed_tokens.img_processor",
+    "projector": "model.vision_embed_tokens.img_projection",
+    "decoder": "model.layers",
+    "head": "lm_head",
+}
+"""Where the linear layers of every part lie."""
 
 BLOCK = 64
 """Weights that share a scale: consecutive ones, in row-major order."""
@@ -41,20 +47,24 @@ def require_four_bit(device: str | torch.device) -> None:
         ) from error
 
 
-def four_bit_loading(compute_dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Returns what ``from_pretrained`` takes to quantise the decoder while it reads it.
+def four_bit_loading(
+    compute_dtype: torch.dtype, device: str | torch.device, parts: Collection[str] = ("decoder",)
+) -> dict[str, Any]:
+    """Returns what ``from_pretrained`` takes to quantise parts of a model while it reads them.
 
     Args:
         compute_dtype: what the 4-bit layers multiply in; the run's precision decides it and nothing else.
         device: where to. Each matrix is quantised there, one after the other: the whole 16-bit model is never held.
+        parts: whose linear layers.
     """
+    untouched = [place for part, place in PLACES.items() if part not in parts]
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=NOT_QUANTISED,  # also read for 4 bit, whatever its name says
+        llm_int8_skip_modules=untouched,  # also read for 4 bit, whatever its name says
     )
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -77,8 +87,10 @@ def make_exact_on_cpu(model: nn.Module) -> None:
         if not isinstance(module, Linear4bit):
             continue
         if module.in_features % BLOCK:
+            part = part_of(f"{name}.weight")
+            remedy = "method: lora" if part == "decoder" else f"take {part} out of four_bit_parts"
             raise ConfigError(
-                f"method qlora on a CPU needs a decoder whose widths are multiples of {BLOCK}; {name} of this model "
-                f"has rows of {module.in_features}. Use a GPU, or method: lora"
+                f"method qlora on a CPU needs 4-bit layers whose widths are multiples of {BLOCK}; {name} of this model "
+                f"has rows of {module.in_features}. Use a GPU, or {remedy}"
             )
         module.support_avx512bf16_for_cpu = False

@@ -1,6 +1,7 @@
 """The trainability audit: does every part that should learn get a gradient, on one real batch, before step 1?"""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ class PartAudit:
         trainable: numbers that the optimizer changes, adapters included.
         linear_layers: layers that adapters can stand on.
         lora_layers: those of them that have one.
+        dora_layers: those of these that train DoRA's magnitude too.
+        adapter_scaling: what the adapters' output is multiplied by; None without adapters, or if they differ.
         gradient_norm: 2-norm of the batch's gradient over the part's trainable numbers; None without any gradient.
         without_gradient: names of trainable tensors that the backward pass did not reach.
     """
@@ -49,6 +52,8 @@ class PartAudit:
     trainable: int
     linear_layers: int
     lora_layers: int
+    dora_layers: int
+    adapter_scaling: float | None
     gradient_norm: float | None
     without_gradient: tuple[str, ...]
 
@@ -84,7 +89,9 @@ class Audit:
                     part.part,
                     f"{part.parameters:,}" + (f" ({part.unused_by_design:,} unused)" if part.unused_by_design else ""),
                     f"{part.trainable:,}",
-                    f"{part.lora_layers}/{part.linear_layers}" if part.linear_layers else "-",
+                    f"{part.lora_layers}/{part.linear_layers}" + " DoRA" * bool(part.dora_layers)
+                    if part.linear_layers
+                    else "-",
                     "-" if part.learning_rate is None else f"{part.learning_rate:g}",
                     "-" if part.gradient_norm is None else f"{part.gradient_norm:.3g}",
                 )
@@ -106,7 +113,8 @@ def audit(model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, config: Train
     """Runs one batch forward and backward and looks at the gradient of every part.
 
     An adapter's A has a gradient of exactly zero while its B is zero, so a part with adapters is judged by all of its
-    tensors together. Weights, gradients, random states and the model's mode are afterwards what they were.
+    tensors together; every one of them, DoRA's magnitudes included, must be reached. Weights, gradients, random states
+    and the model's mode are afterwards what they were.
 
     Args:
         model: as it will be trained, on its device.
@@ -118,7 +126,9 @@ def audit(model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, config: Train
     loss = _backward(model, batch, precision)
     parts = tuple(_audit_part(part, base, config) for part in PARTS)
     has_images = batch.crops is not None
-    problems = [problem for part in parts for problem in _problems(part, has_images)]
+    problems = [
+        problem for part in parts for problem in (*_problems(part, has_images), *_adapter_problems(part, config))
+    ]
     model.zero_grad(set_to_none=True)
     return Audit(parts=parts, loss=loss, problems=tuple(problems))
 
@@ -158,6 +168,10 @@ def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartA
     gradients = [parameter.grad for _, parameter in trainable if parameter.grad is not None]
     should_learn = part in config.trained_parts
     adaptable = adaptable_modules(base, part)
+    adapters = [
+        (module, name) for module in adaptable if isinstance(module, LoraLayer) for name in module.active_adapters
+    ]
+    scalings = {float(module.scaling[name]) for module, name in adapters}
     return PartAudit(
         part=part,
         should_learn=should_learn,
@@ -166,7 +180,9 @@ def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartA
         unused_by_design=sum(size for name, size in plain if is_never_used(name, num_vision_layers)),
         trainable=sum(parameter.numel() for _, parameter in trainable),
         linear_layers=len(adaptable),
-        lora_layers=sum(isinstance(module, LoraLayer) for module in adaptable),
+        lora_layers=len({module for module, _ in adapters}),
+        dora_layers=len({module for module, name in adapters if name in module.lora_magnitude_vector}),
+        adapter_scaling=scalings.pop() if len(scalings) == 1 else None,
         gradient_norm=float(torch.nn.utils.get_total_norm(gradients)) if gradients else None,
         without_gradient=tuple(name for name, parameter in trainable if parameter.grad is None),
     )
@@ -179,6 +195,23 @@ def _sizes(base: nn.Module) -> dict[str, int]:
         if isinstance(module, nn.Linear):
             sizes[f"{name}.weight"] = module.in_features * module.out_features
     return sizes
+
+
+def _adapter_problems(part: PartAudit, config: TrainConfig) -> Iterator[str]:
+    if not part.lora_layers:
+        return
+    wanted = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+    if part.adapter_scaling is None or not math.isclose(part.adapter_scaling, wanted, rel_tol=1e-6):
+        found = "by different factors" if part.adapter_scaling is None else f"by {part.adapter_scaling:g}"
+        yield (
+            f"{part.part}'s adapters are scaled {found}, but lora_alpha, lora_rank and use_rslora ask for {wanted:g}. "
+            "Another version of PEFT may do as it is told."
+        )
+    if part.dora_layers != part.lora_layers * config.use_dora:
+        yield (
+            f"{part.dora_layers} of {part.part}'s {part.lora_layers} adapters have DoRA's magnitude, but use_dora is "
+            f"{str(config.use_dora).lower()}. Another version of PEFT may do as it is told."
+        )
 
 
 def _problems(part: PartAudit, has_images: bool) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from phi3v.config import TrainConfig
@@ -16,6 +17,7 @@ from phi3v.errors import ConfigError
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import is_never_used, part_of
 from phi3v.model.placement import DTYPE_NAMES, resolve_precision
+from phi3v.model.projection import set_magnitudes_to_norms
 
 FLOAT8_CAPABILITY = (8, 9)
 """Compute capability from which NVIDIA's GPUs multiply in float8: Ada, Hopper and later."""
@@ -92,8 +94,8 @@ def select_trainable(model: Phi3VForCausalLM, config: TrainConfig) -> None:
 def wrap_lora(model: Phi3VForCausalLM, config: TrainConfig) -> PeftModel:
     """Puts low-rank adapters on the linear layers of ``config.trained_parts``; everything else is frozen.
 
-    The model computes exactly what it did before: B starts at zero. A starts gaussian, from torch's global generator.
-    Adapters are float32 whatever the weights under them are.
+    The model computes exactly what it did before: B starts at zero, DoRA's magnitudes at the lengths of the weights'
+    rows. A starts gaussian, from torch's global generator. Adapters are float32 whatever the weights under them are.
 
     Raises:
         ConfigError: a part that has no linear layer to adapt.
@@ -106,8 +108,10 @@ def wrap_lora(model: Phi3VForCausalLM, config: TrainConfig) -> PeftModel:
         r=config.lora_rank,
         lora_alpha=int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
-        target_modules=adapted_modules(model, config.trained_parts),
+        target_modules=_names_of(model, config.trained_parts),
         init_lora_weights="gaussian",
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -115,6 +119,9 @@ def wrap_lora(model: Phi3VForCausalLM, config: TrainConfig) -> PeftModel:
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = get_peft_model(model, settings)
     assert isinstance(wrapped, PeftModel)
+    set_magnitudes_to_norms(wrapped)
+    # PEFT holds a set, whose order in the saved file would be another in every process.
+    settings.target_modules = sorted(settings.target_modules or ())
     if Path(config.model).is_dir():
         # The adapter must find its base from any working directory.
         wrapped.peft_config["default"].base_model_name_or_path = str(Path(config.model).resolve())
@@ -132,8 +139,13 @@ def adaptable_modules(model: Phi3VForCausalLM, part: str) -> list[nn.Module]:
     """Returns the layers of a part that adapters can stand on, whatever this run chose."""
     if part not in _ADAPTED_MODULES:
         return []
-    pattern = re.compile(adapted_modules(model, (part,)))
-    return [module for name, module in model.named_modules() if pattern.fullmatch(name)]
+    return [model.get_submodule(name) for name in _names_of(model, (part,))]
+
+
+def _names_of(model: Phi3VForCausalLM, parts: Sequence[str]) -> list[str]:
+    """Names the layers of some parts that adapters can stand on: an adapter's file holds names, no patterns."""
+    pattern = re.compile(adapted_modules(model, parts))
+    return [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
 
 
 def learning_rate_of(part: str, config: TrainConfig) -> float:
@@ -144,8 +156,8 @@ def learning_rate_of(part: str, config: TrainConfig) -> float:
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups the trainable parameters for AdamW, by learning rate and weight decay.
 
-    Biases and the weights of normalisation layers get no decay, as in Trainer. A group whose learning rate is
-    ``config.learning_rate`` stands first, if there is one: it is the rate that logs show.
+    Biases and the weights of normalisation layers get no decay, as in Trainer, and DoRA's magnitudes neither. A group
+    whose learning rate is ``config.learning_rate`` stands first, if there is one: it is the rate that logs show.
     """
     undecayed = undecayed_names(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -158,10 +170,14 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def undecayed_names(model: nn.Module) -> set[str]:
-    """Names the parameters that weight decay would pull away from where they belong: biases and norm weights."""
+    """Names the parameters that weight decay would pull away from where they belong.
+
+    They are biases, norm weights, and DoRA's magnitudes: decay takes B to zero, which is the base's own direction, but
+    would take the magnitudes to zero too, and not to the base's own.
+    """
     names = set()
     for module_name, module in model.named_modules():
-        is_norm = type(module).__name__.endswith("Norm")
+        is_norm = type(module).__name__.endswith("Norm") or isinstance(module, DoraLinearLayer)
         prefix = f"{module_name}." if module_name else ""
         for name, _ in module.named_parameters(recurse=False):
             if is_norm or name == "bias":

@@ -42,22 +42,36 @@ def rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
 def dequantised(layer: Any) -> torch.Tensor:
     """What the layer multiplies with: its product with the identity."""
     with torch.no_grad():
-        return layer(torch.eye(layer.in_features, dtype=layer.compute_dtype)).T.float()
+        product = layer(torch.eye(layer.in_features, dtype=layer.compute_dtype)).T.float()
+        return product if layer.bias is None else product - layer.bias[:, None]
 
 
 def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left.float() - right.float()).norm() / right.float().norm())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_decoders_linear_layers_and_no_others_are_in_4_bit(wide_dir: Path, dtype: str) -> None:
-    model = load_four_bit_model(wide_dir, dtype=dtype)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    assert found.keys() == {
+CLIP = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers"
+LINEAR_LAYERS = {
+    "vision": {
+        f"{CLIP}.{layer}.{name}"
+        for layer in range(3)
+        for name in (*(f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+    },
+    "projector": {f"model.vision_embed_tokens.img_projection.{number}" for number in (0, 2)},
+    "decoder": {
         f"model.layers.{layer}.{name}"
         for layer in range(2)
         for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    }
+    },
+}
+
+
+@pytest.mark.parametrize("parts", [["decoder"], ["vision"], ["projector", "vision", "decoder"]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_parts_linear_layers_and_no_others_are_in_4_bit(wide_dir: Path, dtype: str, parts: list[str]) -> None:
+    model = load_four_bit_model(wide_dir, dtype=dtype, parts=parts)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert found.keys() == set().union(*(LINEAR_LAYERS[part] for part in parts))
     for layer in found.values():
         assert layer.compute_dtype == getattr(torch, dtype)
         assert layer.weight.dtype == torch.uint8 and not layer.weight.requires_grad
@@ -71,7 +85,7 @@ def test_the_decoders_linear_layers_and_no_others_are_in_4_bit(wide_dir: Path, d
 
 def test_the_weights_are_nf4_of_the_base(wide_dir: Path) -> None:
     """A relative error of 0.09; the scales' own 8 bits add 0.003."""
-    model = load_four_bit_model(wide_dir, dtype="float32")
+    model = load_four_bit_model(wide_dir, dtype="float32", parts=LINEAR_LAYERS)
     base = load_file(wide_dir / "model.safetensors")
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -105,6 +119,8 @@ def test_layers_that_the_cpu_kernels_get_wrong_are_refused(tiny_dir: Path) -> No
     """Rows of 32 and 48 numbers, and blocks of 64."""
     with pytest.raises(ConfigError, match=r"multiples of 64; model\.layers\.0\.self_attn\S+ of this model has rows of"):
         load_four_bit_model(tiny_dir, dtype="float32")
+    with pytest.raises(ConfigError, match="or take vision out of four_bit_parts"):
+        load_four_bit_model(tiny_dir, dtype="float32", parts=["vision"])
 
 
 def test_a_missing_package_is_named(wide_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from packs import Pack, Question
-from phi3v.model.checkpoint import load_model
+from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.compute import Compute
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
@@ -65,13 +65,15 @@ def trainable(tiny_model: Phi3VForCausalLM) -> Phi3VForCausalLM:
     return tiny_model.train()
 
 
-def adapted(model: Phi3VForCausalLM, dropout: float = 0.0) -> Any:
+def adapted(model: Phi3VForCausalLM, dropout: float = 0.0, **changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = LoraConfig(r=3, lora_alpha=5, target_modules=rf".*\.({LORA})|lm_head", lora_dropout=dropout)
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=rf".*\.({LORA})|lm_head", lora_dropout=dropout, **changes)
     wrapped = get_peft_model(model, settings)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        if "lora_magnitude" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.9, 1.1)
         if f".layers.{model.config.vision_config.num_hidden_layers - 1}." in name and "vision_model" in name:
             parameter.requires_grad_(False)
     return wrapped.train()
@@ -88,14 +90,16 @@ def test_choices_of_compute_change_nothing(trainable: Phi3VForCausalLM, checkpoi
     assert_same(trainable, mixed_pack(trainable.config))
 
 
-def test_gradients_of_several_packs_add_up_in_place(trainable: Phi3VForCausalLM) -> None:
+@pytest.mark.parametrize("with_dora", [False, True])
+def test_gradients_of_several_packs_add_up_in_place(trainable: Phi3VForCausalLM, with_dora: bool) -> None:
     pack = mixed_pack(trainable.config).packed()
-    _, once = gradients(trainable, lambda: trainable(packed=pack).loss)
+    model = adapted(trainable, use_dora=True) if with_dora else trainable
+    _, once = gradients(model, lambda: model(packed=pack).loss)
     trainable.compute = Compute(accumulates_in_place=True)
-    trainable.zero_grad()
+    model.zero_grad()
     for _ in range(3):
-        trainable(packed=pack).loss.backward()
-    for name, parameter in trainable.named_parameters():
+        model(packed=pack).loss.backward()
+    for name, parameter in model.named_parameters():
         if name in once:
             torch.testing.assert_close(parameter.grad, 3 * once[name], rtol=1e-4, atol=1e-6)
 
@@ -151,8 +155,26 @@ def test_adapters(trainable: Phi3VForCausalLM, checkpointing: Any) -> None:
     assert_same(wrapped, mixed_pack(trainable.config))
 
 
+@pytest.mark.parametrize("compute", [Compute(), Compute("selective"), Compute("full", accumulates_in_place=True)])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_dora(trainable: Phi3VForCausalLM, compute: Compute, use_rslora: bool) -> None:
+    wrapped = adapted(trainable, use_dora=True, use_rslora=use_rslora)
+    trainable.compute = compute
+    assert_same(wrapped, mixed_pack(trainable.config), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("parts", [["decoder"], ["vision", "projector"]])
+def test_adapters_on_layers_in_4_bit(wide_dir: Path, parts: list[str], use_dora: bool) -> None:
+    """PEFT's own forward beside it computes from the same 4-bit weights."""
+    pytest.importorskip("bitsandbytes")
+    model = load_four_bit_model(wide_dir, dtype="float32", parts=parts)
+    wrapped = adapted(model, use_dora=use_dora)
+    assert_same(wrapped, mixed_pack(model.config))
+
+
 def test_adapters_after_they_changed(trainable: Phi3VForCausalLM) -> None:
-    wrapped = adapted(trainable)
+    wrapped = adapted(trainable, use_dora=True)
     pack = mixed_pack(trainable.config)
     optimizer = torch.optim.AdamW([one for one in wrapped.parameters() if one.requires_grad], lr=1e-2, fused=True)
     for _ in range(2):
@@ -162,17 +184,21 @@ def test_adapters_after_they_changed(trainable: Phi3VForCausalLM) -> None:
     assert_same(wrapped, pack)
 
 
-def test_disabled_adapters_are_not_computed(trainable: Phi3VForCausalLM) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_disabled_adapters_are_not_computed(trainable: Phi3VForCausalLM, use_dora: bool) -> None:
     pack = mixed_pack(trainable.config)
     plain = float(trainable(packed=pack.packed()).loss.detach())
-    wrapped = adapted(trainable)
+    wrapped = adapted(trainable, use_dora=use_dora)
     assert float(wrapped(packed=pack.packed()).loss.detach()) != pytest.approx(plain, rel=1e-3)
     with wrapped.disable_adapter():
         assert float(wrapped(packed=pack.packed()).loss.detach()) == pytest.approx(plain, rel=1e-6)
 
 
 def test_adapters_dropout_is_the_same_in_the_backward_pass(trainable: Phi3VForCausalLM) -> None:
-    """The gradient is that of the function that the forward pass computed: by a central difference along it."""
+    """The gradient is that of the function that the forward pass computed: by a central difference along it.
+
+    DoRA's has no such function, as the rows' lengths count as constant: test_projection.py compares it with PEFT's.
+    """
     wrapped = adapted(trainable, dropout=0.4)
     pack = mixed_pack(trainable.config).packed()
     step = 2e-5
@@ -223,10 +249,32 @@ def test_features_at_hand_take_the_place_of_crops(trainable: Phi3VForCausalLM) -
         assert trainable(packed=pack).loss == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("with_adapters", [False, True])
-def test_float8_stays_near(trainable: Phi3VForCausalLM, with_adapters: bool) -> None:
+def test_dora_under_bf16_autocast_stays_near_float32(trainable: Phi3VForCausalLM) -> None:
+    """On a bf16 base: within 3 % of the float32 gradient of the same numbers."""
+    pack = mixed_pack(trainable.config)
+    trainable.to(torch.bfloat16).to(torch.float32)
+    wrapped = adapted(trainable, use_dora=True)
+    _, exact = gradients(wrapped, lambda: separate_loss(wrapped, pack))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return wrapped(packed=pack.packed()).loss
+
+    _, found = gradients(wrapped, loss)
+    assert found.keys() == exact.keys()
+    for kind in ("lora_A", "lora_B", "lora_magnitude"):
+        names = [name for name in exact if kind in name]
+        off = sum(float((found[name] - exact[name]).pow(2).sum()) for name in names) ** 0.5
+        assert off <= 0.03 * sum(float(exact[name].pow(2).sum()) for name in names) ** 0.5, kind
+
+
+@pytest.mark.parametrize("adapters", [None, "lora", "dora"])
+def test_float8_stays_near(trainable: Phi3VForCausalLM, adapters: str | None) -> None:
     """3 bits of fraction forward, 2 backward: within a quarter of the float32 gradient, and not equal to it."""
-    model = adapted(trainable) if with_adapters else trainable
+    model = adapted(trainable, use_dora=adapters == "dora") if adapters else trainable
     pack = mixed_pack(trainable.config).packed()
     exact_loss, exact = gradients(model, lambda: model(packed=pack).loss)
     trainable.compute = Compute(fp8=True)

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from phi3v.model.compute import Compute
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.model.processing_phi3_v import Phi3VProcessor
+from phi3v.model.projection import Projection
 from phi3v.train.audit import Audit, audit
 from phi3v.train.batches import TrainingSamples
 from phi3v.train.tuning import Precision, select_trainable, wrap_lora
@@ -70,6 +72,56 @@ def test_adapters_at_their_start_have_a_gradient_in_b_only_and_pass(
     layers = {name: (part.lora_layers, part.linear_layers) for name, part in parts(found).items()}
     assert layers == {"vision": (12, 12), "projector": (2, 2), "decoder": (8, 8), "embeddings": (0, 0), "head": (1, 1)}
     assert parts(found)["embeddings"].gradient_norm is None
+
+
+def test_dora_and_rslora_are_counted_and_reached(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
+    settings = config(method="lora", lora_rank=4, lora_alpha=6, use_dora=True, use_rslora=True)
+    plain = config(method="lora", lora_rank=4)
+    lora = audit(prepared(copy.deepcopy(tiny_model), plain), batches["images"], plain, FP32)
+    found = audit(prepared(tiny_model, settings), batches["images"], settings, FP32)
+    assert found.problems == lora.problems == ()
+    rows = {"vision": 2 * (5 * 32 + 48), "projector": 2 * 32, "decoder": 2 * (96 + 32 + 96 + 32), "head": 32064}
+    for part in found.parts:
+        without = parts(lora)[part.part]
+        assert part.dora_layers == part.lora_layers == without.lora_layers and without.dora_layers == 0
+        assert part.trainable - without.trainable == rows.get(part.part, 0)
+        assert part.parameters == without.parameters and part.without_gradient == ()
+        if part.should_learn:
+            assert (part.adapter_scaling, without.adapter_scaling) == (6 / 2, 128 / 4)
+    assert "12/12 DoRA" in found.table() and "DoRA" not in lora.table()
+
+
+def test_adapters_of_another_kind_than_asked_for_are_named(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
+    """As if PEFT passed over a setting."""
+    model = prepared(tiny_model, config(method="lora", lora_rank=4, lora_alpha=6, lora_parts=["decoder"]))
+    asked = config(method="lora", lora_rank=4, lora_alpha=6, lora_parts=["decoder"], use_dora=True, use_rslora=True)
+    scaled, without_magnitude = audit(model, batches["images"], asked, FP32).problems
+    assert "decoder's adapters are scaled by 1.5, but lora_alpha, lora_rank and use_rslora ask for 3" in scaled
+    assert "0 of decoder's 8 adapters have DoRA's magnitude, but use_dora is true" in without_magnitude
+
+
+@pytest.mark.parametrize("tower", ["decoder", "vision"])
+def test_a_magnitude_that_is_not_reached_is_named(
+    tiny_model: Phi3VForCausalLM, batches: Batches, monkeypatch: pytest.MonkeyPatch, tower: str
+) -> None:
+    """The fault: the projections forget to give the magnitudes a gradient."""
+    settings = config(method="lora", lora_rank=2, use_dora=True, lora_parts=[tower])
+    model = prepared(tiny_model, settings)
+    assert audit(model, batches["images"], settings, FP32).problems == ()
+    magnitudes = [parameter for name, parameter in model.named_parameters() if "lora_magnitude_vector" in name]
+    backward = Projection.backward
+
+    def forgetful(self: Projection, x: Any, grad: Any, compute: Any, gradients: Any, **options: Any) -> Any:
+        result = backward(self, x, grad, compute, gradients, **options)
+        for magnitude in magnitudes:
+            gradients.pop(magnitude, None)
+        return result
+
+    monkeypatch.setattr(Projection, "backward", forgetful)
+    found = audit(model, batches["images"], settings, FP32)
+    assert all("lora_magnitude_vector" in name for name in parts(found)[tower].without_gradient)
+    (problem,) = found.problems
+    assert problem.startswith(f"{tower} should learn, but the backward pass does not reach ")
 
 
 def test_a_weight_in_4_bit_counts_as_the_numbers_that_it_stands_for(wide_dir: Path, batches: Batches) -> None:

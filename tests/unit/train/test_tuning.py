@@ -1,9 +1,11 @@
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import Trainer
 
 from phi3v.config import TrainConfig
@@ -82,6 +84,34 @@ def test_adapters_are_float32_on_16_bit_weights_and_start_by_the_seed(tiny_model
     assert all(bool((parameter == 0).all()) == ("lora_B" in name) for name, parameter in adapters.items())
     spread = adapters["base_model.model.lm_head.lora_A.default.weight"].std().item()
     assert spread == pytest.approx(1 / 4, rel=0.3), "gaussian A has a standard deviation of 1 / rank"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_adds_the_length_of_every_row(tiny_model: Phi3VForCausalLM, dtype: torch.dtype) -> None:
+    """In float32 and exact, also of 16-bit weights, whose lengths PEFT rounds to 16 bit."""
+    plain = trainable_names(wrap_lora(copy.deepcopy(tiny_model), config(method="lora", lora_rank=2)))
+    settings = config(method="lora", lora_rank=2, use_dora=True)
+    select_trainable(tiny_model, settings)
+    wrapped = wrap_lora(tiny_model.to(dtype), settings)
+    magnitudes = {name for name in trainable_names(wrapped) if "lora_magnitude_vector" in name}
+    assert trainable_names(wrapped) - magnitudes == plain and len(magnitudes) == len(plain) / 2
+    for name in magnitudes:
+        layer = wrapped.get_submodule(name.removesuffix(".lora_magnitude_vector.default.weight"))
+        own, lengths = wrapped.get_parameter(name), layer.get_base_layer().weight.float().norm(dim=1)  # pyright: ignore
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own.data, lengths, rtol=1e-6, atol=0)
+    assert undecayed_names(wrapped) >= magnitudes, "decay would take them to zero, not to the base"
+    groups = parameter_groups(wrapped, settings)
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.01]
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 12 / 9), (True, 12 / 3)])
+def test_adapters_are_scaled_by_the_rank_or_its_root(
+    tiny_model: Phi3VForCausalLM, use_rslora: bool, scaling: float
+) -> None:
+    wrapped = wrap_lora(tiny_model, config(method="lora", lora_rank=9, lora_alpha=12, use_rslora=use_rslora))
+    found = [module.scaling["default"] for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    assert found == pytest.approx([scaling] * 23)
 
 
 def test_adapters_on_4_bit_layers_are_those_of_lora(wide_dir: Path) -> None:
