@@ -25,6 +25,9 @@ FLOAT32_BYTES = 4
 OPTIMIZER_BYTES = 8
 """AdamW's two float32 averages of a trained number."""
 
+ZERO_BUCKET_NUMBERS = 200_000_000
+"""Numbers that ZeRO sends at once, in each of two buckets."""
+
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A number in nf4: half a byte, an 8-bit scale for 64 of them, and a float32 scale for 256 of those scales.
 
@@ -55,6 +58,9 @@ class Coefficients:
         backward_clip_mlp: of width M, likewise in CLIP.
         logit_bytes: a vocabulary entry of a supervised position: logits in 16 bit and float32, their softmax, and the
             gradients of both.
+        dora_logit_bytes: with DoRA's adapter on the head, a vocabulary entry of a supervised position more: PEFT's
+            terms of its result in float32.
+        dora_head_bytes: likewise, a number of the head: it and the adapter's product in float32, and their sum.
         fragmentation: share of the activations that the allocator cannot use.
         workspace_bytes: what libraries and compiled kernels take for themselves, and one layer's weight gradients.
 
@@ -76,6 +82,8 @@ class Coefficients:
     backward_mlp: float = 3
     backward_clip_mlp: float = 2
     logit_bytes: float = 16
+    dora_logit_bytes: float = 12
+    dora_head_bytes: float = 18
     fragmentation: float = 0.05
     workspace_bytes: float = 1e9
 
@@ -107,8 +115,11 @@ class MemoryModel:
         trained_parts: parts that change: their own weights, or with ``adapter_rank`` their adapters'.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         adapter_rank: rank of the adapters; None where weights themselves are trained.
-        is_four_bit: whether the decoder's matrices are held in nf4.
-        num_ranks: processes that share each step's gradient.
+        has_magnitudes: whether every adapter trains DoRA's magnitudes too.
+        four_bit_parts: parts whose matrices are held in nf4: of vision, projector and decoder.
+        num_ranks: processes of the run.
+        parallel: what they share, as ``TrainConfig.parallel`` says.
+        offloads: whether what is shared out lies in the machine's memory.
         coefficients: numbers kept.
 
     >>> every_part = ("vision", "projector", "decoder", "embeddings", "head")
@@ -121,8 +132,11 @@ class MemoryModel:
     trained_parts: Collection[str]
     precision: str = "bf16"
     adapter_rank: int | None = None
-    is_four_bit: bool = False
+    has_magnitudes: bool = False
+    four_bit_parts: Collection[str] = ()
     num_ranks: int = 1
+    parallel: str = "ddp"
+    offloads: bool = False
     coefficients: Coefficients = COEFFICIENTS
 
     @property
@@ -146,11 +160,11 @@ class MemoryModel:
         """Numbers that the optimizer changes.
 
         Weights: the trained parts' own, CLIP's last layer and its last norm aside, which are never computed. Adapters:
-        rank times (inputs + outputs) of every adapted matrix.
+        rank times (inputs + outputs) of every adapted matrix, and with magnitudes its outputs once more.
         """
         if self.adapter_rank is not None:
-            return self.adapter_rank * sum(
-                count * (inputs + outputs)
+            return sum(
+                count * (self.adapter_rank * (inputs + outputs) + self.has_magnitudes * outputs)
                 for part in self.trained_parts
                 for count, inputs, outputs in self._matrices(part)
             )
@@ -159,14 +173,37 @@ class MemoryModel:
     def state_bytes(self, checkpointing: Checkpointing = "off") -> dict[str, int]:
         """Returns what is held all the time, by name.
 
-        - weights: 4 bytes a number where weights are trained; b under adapters, and :data:`FOUR_BIT_BYTES` for the
-          decoder's matrices in 4 bit.
+        - weights: 4 bytes a number where weights are trained; b under adapters, and :data:`FOUR_BIT_BYTES` for
+          matrices in 4 bit.
         - adapters: 4 bytes a number.
-        - gradients: 4 bytes a trained number; as much again for several processes' exchange (DDP's buckets).
+        - gradients: 4 bytes a trained number; with ZeRO b besides, before they are shared out.
         - optimizer: :data:`OPTIMIZER_BYTES` a trained number.
         - 16-bit copies: in bf16 and fp16, 2 bytes for every float32 number of a part that multiplies by its weights;
           with adapters that is theirs alone. Where every layer is computed again: those of one layer and the head.
+
+        FSDP2 shares weights, gradients and optimizer out to all processes, and puts two layers and the ends together in
+        b. ZeRO shares out float32 masters, gradients and optimizer; its weights are b, in stage 3 shared out as well.
         """
+        sizes = self._replicated_bytes(checkpointing)
+        if self.parallel == "ddp":
+            return sizes
+        dims, trained = self.dims, self.num_trained
+        part = 0.0 if self.offloads else 1 / self.num_ranks
+        stored, number = dims.num_parameters, self.number_bytes
+        ends = 2 * dims.num_embedding_parameters + 2 * dims.decoder_layer_matrices
+        shared: dict[str, float] = {"optimizer": part * OPTIMIZER_BYTES * trained}
+        if self.parallel == "fsdp2":
+            shared["weights"] = part * (sizes["weights"] + sizes.get("adapters", 0)) + number * ends
+            shared["gradients"] = part * FLOAT32_BYTES * trained + FLOAT32_BYTES * dims.decoder_layer_matrices
+        else:
+            whole = number * (stored + (trained if self.adapter_rank is not None else 0))
+            shared["weights"] = whole if self.parallel == "zero2" else part * whole + number * ends
+            shared["masters"] = part * FLOAT32_BYTES * trained
+            shared["gradients"] = part * FLOAT32_BYTES * trained + number * 2 * ZERO_BUCKET_NUMBERS
+        return {name: ceil(size) for name, size in shared.items()}
+
+    def _replicated_bytes(self, checkpointing: Checkpointing) -> dict[str, int]:
+        """Returns what a process holds that has everything."""
         dims, trained = self.dims, self.num_trained
         stored = dims.num_parameters
         if self.adapter_rank is None:
@@ -175,12 +212,12 @@ class MemoryModel:
             copied += dims.num_embedding_parameters  # the head's, tied or not
             at_once = dims.decoder_layer_matrices + dims.num_embedding_parameters
         else:
-            four_bit = dims.layers * dims.decoder_layer_matrices if self.is_four_bit else 0
+            four_bit = sum(map(self._num_four_bit, self.four_bit_parts))
             weights = self.number_bytes * (stored - four_bit) + FOUR_BIT_BYTES * four_bit
             sizes = {"weights": ceil(weights), "adapters": FLOAT32_BYTES * trained}
             copied = trained
             at_once = trained // dims.layers
-        sizes["gradients"] = FLOAT32_BYTES * trained * (2 if self.num_ranks > 1 else 1)
+        sizes["gradients"] = FLOAT32_BYTES * trained
         sizes["optimizer"] = OPTIMIZER_BYTES * trained
         if self.precision != "fp32":
             sizes["16-bit copies"] = 2 * (at_once if checkpointing == "full" else copied)
@@ -194,7 +231,7 @@ class MemoryModel:
           pixels, in float32 and b. Of the projector: its input of 4 W, and H before and after its activation.
         - layer at work: the largest of: a decoder layer's gradients, and what is computed again of it; the same of a
           CLIP layer; a CLIP layer's forward pass without a gradient.
-        - logits: at supervised positions only.
+        - logits: at supervised positions only; with DoRA on the head what PEFT's layer takes for a moment.
         - allowance: ``fragmentation`` of all that, and ``workspace_bytes``.
         """
         dims, fixed, number = self.dims, self.coefficients, self.number_bytes
@@ -222,11 +259,14 @@ class MemoryModel:
             clip_work = fixed.backward_hidden * dims.clip_width + fixed.backward_clip_mlp * dims.clip_mlp
         else:
             clip_work, clip_again = fixed.clip_forward * dims.clip_width, 0.0
+        logits = batch.targets * dims.vocab * fixed.logit_bytes
+        if self.has_magnitudes and "head" in self.trained_parts:
+            logits += dims.vocab * (batch.targets * fixed.dora_logit_bytes + dims.hidden * fixed.dora_head_bytes)
         sizes = {
             "decoder": decoder,
             "vision": vision,
             "layer at work": max(batch.positions * decoder_work, clip_positions * (number * clip_work + clip_again)),
-            "logits": batch.targets * dims.vocab * fixed.logit_bytes,
+            "logits": logits,
         }
         sizes["allowance"] = fixed.fragmentation * sum(sizes.values()) + fixed.workspace_bytes
         return {name: ceil(size) for name, size in sizes.items()}
@@ -264,6 +304,13 @@ class MemoryModel:
 
     def _sums_bytes(self, heads: int) -> float:
         return FLOAT32_BYTES * self.coefficients.attention_sums * heads
+
+    def _num_four_bit(self, part: str) -> int:
+        """Numbers of a part's matrices as stored, CLIP's last layer among them."""
+        per_layer = sum(count * inputs * outputs for count, inputs, outputs in self._matrices(part))
+        if part == "vision":
+            return per_layer // self.dims.clip_layers_computed * self.dims.clip_layers
+        return per_layer
 
     def _num_used(self, part: str) -> int:
         """Parameters of a part that are computed. A tied head counts as the embedding's."""

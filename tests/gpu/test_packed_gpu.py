@@ -101,13 +101,17 @@ def test_gradients(model: Phi3VForCausalLM, kind: str, dtype: torch.dtype) -> No
     assert relative(gradients(model, lambda: packed_loss(model, pack, dtype)), exact) < FLOAT8_TOLERANCE
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("kind", ["equal pages", "shared pages", "mixed"])
-def test_adapters_gradients(model: Phi3VForCausalLM, kind: str) -> None:
+def test_adapters_gradients(model: Phi3VForCausalLM, kind: str, use_dora: bool) -> None:
     """On a bf16 base: the columns of B lie beside the weights, and W's memory is theirs."""
-    wrapped = freeze_unused(get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LORA + "|lm_head")))
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules=LORA + "|lm_head", use_dora=use_dora)
+    wrapped = freeze_unused(get_peft_model(model, settings))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+        elif "lora_magnitude" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.9, 1.1)
         elif "lora_" not in name:
             parameter.data = parameter.data.bfloat16().float()
     pack = pack_of(kind, model.config)

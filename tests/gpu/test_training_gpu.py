@@ -1,5 +1,6 @@
 """Training on a GPU: every precision and method learns like float32 on the CPU, and goes on after a stop."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def test_training(
     assert {tensor.dtype for tensor in final_weights(whole).values()} == {torch.float32}
     environment = RunDirectory(whole).environment()
     assert environment is not None and environment["gpus"]
-    assert (whole / "checkpoints" / f"checkpoint-{LAST_STEP}" / "scaler.pt").exists() == (precision == "fp16")
+    state = json.loads(
+        (whole / "checkpoints" / f"checkpoint-{LAST_STEP}" / "training" / "state.json").read_text("utf-8")
+    )
+    assert bool(state["loss_scale"]) == (precision == "fp16")
 
     calls = iter(range(100))
     micro_step = Phi3VTrainer.micro_step

@@ -1,6 +1,7 @@
 """The measuring scripts run: tiny, on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,17 @@ def test_sweeps_are_drawn(tmp_path: Path) -> None:
     plot = [sys.executable, BENCHMARKS / "plot_performance.py", output, "--output", picture]
     subprocess.run(plot, check=True, capture_output=True)
     assert picture.read_text().startswith("<svg ")
+
+
+def test_scaling_gives_one_process_losses(tmp_path: Path) -> None:
+    output = tmp_path / "scaling.json"
+    small = ["--tiny", "--batch_size", "4", "--steps", "1", "--gpus", "1", "2", "--output", str(output)]
+    command = [sys.executable, BENCHMARKS / "scaling.py", *small, "--runs", "full:fsdp2", "lora:ddp"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    found = json.loads(output.read_text())
+    assert [(one["run"], one["gpus"]) for one in found] == [
+        (run, gpus) for run in ("full:fsdp2", "lora:ddp") for gpus in (1, 2)
+    ]
+    for alone, shared in (found[:2], found[2:]):
+        assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert shared["efficiency"] > 0

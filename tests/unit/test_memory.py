@@ -1,24 +1,28 @@
 """The memory model against a model's own tensors and against peaks measured on a GPU."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from phi3v.config import LORA_PARTS, PARTS, TrainConfig
 from phi3v.geometry import ModelDims
-from phi3v.memory import CHECKPOINTING, Checkpointing, Coefficients, MemoryModel, MicroBatch
+from phi3v.memory import CHECKPOINTING, FOUR_BIT_BYTES, Checkpointing, Coefficients, MemoryModel, MicroBatch
+from phi3v.model.checkpoint import load_four_bit_model
 from phi3v.model.compute import Compute
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch, PackLayout
 from phi3v.model.parts import part_of
+from phi3v.train.activations import memory_model
 from phi3v.train.tuning import select_trainable, wrap_lora
 
 FULL = MemoryModel(dims=ModelDims.published(), trained_parts=PARTS)
 FROZEN_VISION = replace(FULL, trained_parts=("decoder", "embeddings", "head"))
 LORA = replace(FULL, trained_parts=LORA_PARTS, adapter_rank=32)
-QLORA = replace(LORA, is_four_bit=True)
+QLORA = replace(LORA, four_bit_parts=("decoder",))
 
 
 def total(memory: MemoryModel, checkpointing: Checkpointing, batch: MicroBatch) -> int:
@@ -74,23 +78,81 @@ def test_trained_numbers_are_those_that_the_run_trains(
     assert memory.state_bytes() == {"weights": 4 * stored, "gradients": 4 * trained, "optimizer": 8 * trained}
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("parts", [None, ["vision"], ["decoder"], ["projector", "head"]])
-def test_adapters_have_as_many_numbers_as_peft_makes(random_model: Phi3VForCausalLM, parts: list[str] | None) -> None:
-    config = config_of("lora", lora_rank=3, lora_parts=parts)
+def test_adapters_have_as_many_numbers_as_peft_makes(
+    random_model: Phi3VForCausalLM, parts: list[str] | None, use_dora: bool
+) -> None:
+    config = config_of("lora", lora_rank=3, lora_parts=parts, use_dora=use_dora)
     select_trainable(random_model, config)
     wrapped = wrap_lora(random_model, config)
-    memory = MemoryModel(dims=random_model.config.dims, trained_parts=config.trained_parts, adapter_rank=3)
+    memory = memory_model(config, random_model.config.dims, precision="fp32")
     assert memory.num_trained == sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
 
-def test_processes_hold_a_second_gradient_and_four_bits_a_quarter_of_sixteen() -> None:
-    alone, shared = FULL.state_bytes(), replace(FULL, num_ranks=2).state_bytes()
-    assert shared.pop("gradients") == 2 * alone.pop("gradients") and shared == alone
+@pytest.mark.parametrize(
+    ("parallel", "whole_bytes", "shared_bytes"), [("ddp", 18, 0), ("fsdp2", 0, 16), ("zero2", 2, 16), ("zero3", 0, 18)]
+)
+def test_engines_share_their_state_out(parallel: str, whole_bytes: int, shared_bytes: int) -> None:
+    """Full training in bf16 by the number: weights of 4 and a copy of 2 or masters of 4 and weights of 2; 4; 8.
+
+    What layers are put together in, and buffers that are sent, is less than a twentieth of one process's state.
+    """
+    trained = FULL.num_trained
+    for num_ranks in (1, 8):
+        found = sum(replace(FULL, num_ranks=num_ranks, parallel=parallel).state_bytes().values())
+        expected = trained * (whole_bytes + shared_bytes / num_ranks)
+        assert expected - 0.01 * 18 * trained < found < expected + 0.05 * 18 * trained
+    offloaded = replace(FULL, num_ranks=8, parallel="zero3", offloads=True).state_bytes()
+    assert sum(offloaded.values()) < 0.05 * 18 * trained
+
+
+def test_four_bits_take_a_quarter_of_sixteen() -> None:
     four_bit, sixteen = QLORA.state_bytes(), LORA.state_bytes()
     saved = sixteen.pop("weights") - four_bit.pop("weights")
     dims = QLORA.dims
     assert saved / (2 * dims.layers * dims.decoder_layer_matrices) == pytest.approx(1 - 0.2579, abs=1e-3)  # 4.127 bits
     assert four_bit == sixteen
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["projector"], ["decoder"], ["vision", "projector", "decoder"]])
+def test_parts_in_4_bit_take_what_their_matrices_take(wide_dir: Path, parts: list[str]) -> None:
+    linear: Any = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    model = load_four_bit_model(wide_dir, dtype="bfloat16", parts=parts)
+    held = sum(weight.nbytes for weight in model.parameters())  # 4-bit numbers as two a byte, without their scales
+    config = config_of("qlora", four_bit_parts=parts, lora_rank=1)
+    predicted = memory_model(config, model.config.dims, precision="bf16").state_bytes()["weights"]
+    numbers = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, linear))
+    assert predicted - held == pytest.approx((FOUR_BIT_BYTES - 0.5) * numbers, abs=1)
+
+
+def test_dora_takes_a_little_more() -> None:
+    batch = MicroBatch(positions=10_000, crops=6, targets=100)
+    dora = replace(LORA, has_magnitudes=True)
+    more = {name: size - LORA.predict("off", batch)[name] for name, size in dora.predict("off", batch).items()}
+    dims = LORA.dims
+    decoder_rows = 32 * (9216 + 3072 + 2 * 8192 + 3072)
+    vision_rows = 23 * (5 * 1024 + 4096)
+    rows = decoder_rows + vision_rows + 2 * 3072 + 32064
+    assert more["adapters"] == more["gradients"] == 4 * rows and more["optimizer"] == 8 * rows
+    assert more["logits"] == 18 * dims.hidden * dims.vocab + 100 * 12 * dims.vocab
+    assert more["decoder"] == more["vision"] == more["layer at work"] == 0
+
+
+def test_dora_keeps_nothing_more_for_the_backward_pass(tiny_config: Phi3VConfig) -> None:
+    """But for the projector and the head, which PEFT computes."""
+    kept = []
+    for use_dora in (False, True):
+        config = config_of("lora", lora_rank=2, lora_parts=["decoder", "vision"], use_dora=use_dora)
+        model = Phi3VForCausalLM(tiny_config)
+        select_trainable(model, config)
+        wrapped = wrap_lora(model, config)
+        wrapped(packed=one_image(tiny_config))  # weights find their place beside the adapters
+        hooks = KeptBytes(model)
+        with hooks:
+            wrapped(packed=one_image(tiny_config))
+        kept.append(hooks.total)
+    assert kept[0] == kept[1] > 0
 
 
 def test_the_backward_pass_goes_through_what_is_trained_and_what_follows_it() -> None:

@@ -104,6 +104,8 @@ class Workload:
         seed: of the pixels.
         feature_dtype: number format of image rows that are at hand instead of crops; None: crops.
         alignment: as ``PackCollator``'s.
+        rank: which process this is, 0-based.
+        num_ranks: processes that share each window.
     """
 
     def __init__(
@@ -117,12 +119,15 @@ class Workload:
         seed: int,
         feature_dtype: torch.dtype | None = None,
         alignment: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.samples = samples
+        self._rank = rank
         self.batch_size = batch_size
         self._tokens_per_side = config.tokens_per_side
         short_positions = config.original_max_position_embeddings
-        self._packing = Packing(budget, shared_questions, short_positions=short_positions)
+        self._packing = Packing(budget, shared_questions, short_positions=short_positions, num_ranks=num_ranks)
         self._costs = costs_of(samples)
         self._collator = PackCollator(
             config.image_token_id,
@@ -140,11 +145,10 @@ class Workload:
         self._pages = [torch.randn(size, generator=dice).to(feature_dtype) for _ in range(NUM_DIFFERENT_PAGES)]
 
     def plan(self, step: int) -> list[MicroBatch]:
-        """Cuts the window of an optimizer step (0-based) into micro-batches."""
+        """Cuts the window of an optimizer step (0-based) into micro-batches; returns this process's."""
         first = step * self.batch_size
         window = [number % len(self.samples) for number in range(first, first + self.batch_size)]
-        (batches,) = plan_window(self._costs, window, self._packing)
-        return batches
+        return plan_window(self._costs, window, self._packing)[self._rank]
 
     def pack(self, planned: MicroBatch) -> PackedBatch:
         """Makes the batch that the model takes."""

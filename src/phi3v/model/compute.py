@@ -18,8 +18,10 @@ class Compute:
         accumulates_in_place: weight gradients of linear layers are added to ``parameter.grad`` by the matrix product
             itself, in float32. Gradient hooks of those parameters do not run, so whoever needs them (DDP, FSDP,
             DeepSpeed) leaves this off.
+        is_sharded: parameters are whole only while their module computes (FSDP, ZeRO-3): nothing keeps copies of them.
     """
 
     checkpointing: Checkpointing = "off"
     fp8: bool = False
     accumulates_in_place: bool = False
+    is_sharded: bool = False

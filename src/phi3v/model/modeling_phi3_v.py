@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPVisionEmbeddings
-from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3RMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,6 +21,7 @@ from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
 from .loss import mean_token_loss, weighted_token_loss
 from .packed import PackedBatch
 from .packed_forward import packed_loss
+from .packed_layers import PackedClipLayer, PackedDecoderLayer
 from .rope import Phi3VRotaryEmbedding
 from .vision_phi3_v import Phi3VImageEmbedding
 
@@ -33,12 +34,12 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = [PackedDecoderLayer.__name__, PackedClipLayer.__name__]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": Phi3Attention}
+    _can_record_outputs = {"hidden_states": PackedDecoderLayer, "attentions": Phi3Attention}
     # The published code shares the text embedding under this name; its files may hold the copy.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte", r"embeddings\.position_ids"]
 
@@ -74,7 +75,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
-        self.layers = nn.ModuleList([Phi3DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([PackedDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.gradient_checkpointing = False

@@ -73,6 +73,13 @@ def towers_of(model: "Phi3VModel") -> PackedTowers:
     return towers
 
 
+def release_towers(model: "Phi3VModel") -> None:
+    """Lets go of working copies; every weight lies by itself again, and not beside adapters' columns."""
+    vars(model).pop("_packed_towers", None)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def product_dtype(model: "Phi3VModel") -> torch.dtype:
     """Returns what matrix products compute in: autocast's type where that is on, else the embedding's own."""
     own = model.embed_tokens.weight
@@ -158,7 +165,11 @@ def encode_crops(model: "Phi3VModel", crops: torch.Tensor, compute: Compute, dty
 def products(compute: Compute, *, fp8: bool = False) -> ProjectionCompute:
     """Returns how a tower's products are formed."""
     kind = Float8Compute if fp8 else ProjectionCompute
-    return kind(accumulates_in_place=compute.accumulates_in_place, keeps_copies=compute.checkpointing != "full")
+    return kind(
+        accumulates_in_place=compute.accumulates_in_place,
+        keeps_copies=compute.checkpointing != "full" and not compute.is_sharded,
+        is_sharded=compute.is_sharded,
+    )
 
 
 def rope_of(model: "Phi3VModel", position_ids: torch.Tensor, is_long: torch.Tensor) -> Rope:

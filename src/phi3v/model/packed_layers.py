@@ -38,14 +38,24 @@ class Norm:
     """RMSNorm or LayerNorm behind an addition.
 
     Args:
-        module: holds weight, perhaps bias, and epsilon.
+        module: holds weight, perhaps bias, and epsilon. Tensors are read from it at every use: what shards a model puts
+            others in their place.
         eps: epsilon.
     """
 
     def __init__(self, module: nn.Module, eps: float) -> None:
-        self.weight: nn.Parameter = module.weight  # pyright: ignore[reportAttributeAccessIssue]
-        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+        self._module = module
         self.eps = eps
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(H,)."""
+        return self._module.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """(H,); RMSNorm has none."""
+        return getattr(self._module, "bias", None)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -86,8 +96,9 @@ class Layer:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        assert isinstance(module, Phi3DecoderLayer | CLIPEncoderLayer)
-        if isinstance(module, CLIPEncoderLayer):
+        assert isinstance(module, PackedDecoderLayer | PackedClipLayer)
+        self.module = module
+        if isinstance(module, PackedClipLayer):
             norms = module.layer_norm1, module.layer_norm2
             eps = module.layer_norm1.eps
             self._activation = "quick_gelu"
@@ -183,7 +194,9 @@ class Layer:
         grad_inner = getattr(kernel, f"{self._activation}_backward")(inner, grad)
         if not is_filled:
             normed2 = self._norm2.add(stream, None, self._up, call.dtype)[1]
-        grad = self._up.backward(normed2, grad_inner, compute, gradients, seed=seed + 2, is_filled=is_filled)
+        grad = self._up.backward(
+            normed2, grad_inner, compute, gradients, seed=seed + 2, is_filled=is_filled, output=inner
+        )
         del grad_inner, normed2
         grad_stream = self._norm2.backward(stream, grad, grad_stream.contiguous(), gradients)
         seen = attended.flatten(1) if call.rows is None else attended.flatten(1)[call.rows]
@@ -222,7 +235,7 @@ class Layer:
 def _linears(module: Any) -> tuple[list[nn.Module], ...]:
     """Returns a layer's linear layers: queries, keys and values; attention's output; the MLP's two."""
     attention, mlp = module.self_attn, module.mlp
-    if isinstance(module, CLIPEncoderLayer):
+    if isinstance(module, PackedClipLayer):
         return [attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]
     return [attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]
 
@@ -289,4 +302,32 @@ def run_layer(
     if layer.has_dropout:
         # From torch's global generator, as a dropout layer's own draws would be; recomputation draws nothing again.
         call = call._replace(seed=int(torch.randint(2**62, ())))
-    return _LayerFunction.apply(layer, call, residual, delta, *layer.parameters)  # pyright: ignore[reportReturnType]
+    if call.compute.is_sharded and not residual.requires_grad and layer.parameters:
+        # DeepSpeed knows by the gradient of a module's input when the module's own are complete.
+        residual = residual.detach().requires_grad_()
+    return layer.module(residual, delta, packed=(layer, call))
+
+
+class _PackedCalls:
+    """Lets a layer of transformers be called with a packed row, too.
+
+    The computation is ``Layer``'s and would not need it. What shards a model does: it gathers a module's parameters
+    when the module is called, and lets go of them when its backward pass is over.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, packed: tuple[Layer, Call] | None = None, **kwargs: Any
+    ) -> Any:
+        if packed is None:
+            return super().forward(hidden_states, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        layer, call = packed
+        (delta,) = args
+        return _LayerFunction.apply(layer, call, hidden_states, delta, *layer.parameters)
+
+
+class PackedDecoderLayer(_PackedCalls, Phi3DecoderLayer):
+    """A decoder layer."""
+
+
+class PackedClipLayer(_PackedCalls, CLIPEncoderLayer):
+    """A layer of CLIP."""

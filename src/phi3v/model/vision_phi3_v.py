@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from .configuration_phi3_v import Phi3VConfig
+from .packed_layers import PackedClipLayer
 
 
 class Phi3VClipEncoder(nn.Module):
@@ -15,7 +16,7 @@ class Phi3VClipEncoder(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         vision = config.vision_config
-        self.layers = nn.ModuleList([CLIPEncoderLayer(vision) for _ in range(vision.num_hidden_layers)])
+        self.layers = nn.ModuleList([PackedClipLayer(vision) for _ in range(vision.num_hidden_layers)])
 
 
 class Phi3VClipTower(nn.Module):

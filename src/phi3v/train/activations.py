@@ -134,8 +134,11 @@ def memory_model(config: TrainConfig, dims: ModelDims, *, precision: str, num_ra
         trained_parts=config.trained_parts,
         precision=precision,
         adapter_rank=config.lora_rank if config.trains_adapters else None,
-        is_four_bit=config.method == "qlora",
+        has_magnitudes=config.use_dora,
+        four_bit_parts=tuple(config.four_bit_parts) if config.method == "qlora" else (),
         num_ranks=num_ranks,
+        parallel=config.parallel,
+        offloads=config.cpu_offload,
     )
 
 
@@ -244,10 +247,10 @@ class _Room:
         state = sum(self.memory.state_bytes("full").values())
         needed = sum(self.predict("full", load.longest_tokens).values())
         remedies = []
-        for method, memory in _alternatives(self.memory).items():
+        for change, memory in _alternatives(self.memory).items():
             other = sum(_Room(memory, load, 0, self.crops_limit).predict("full", load.longest_tokens).values())
             if other <= self.available_bytes:
-                remedies.append(f"method: {method} (predicted {in_words(other)})")
+                remedies.append(f"{change} (predicted {in_words(other)})")
         remedies.append("a lower num_crops or max_length" if remedies else "a device with more memory")
         *first, last = remedies
         listed = f"{', '.join(first)} or {last}" if first else last
@@ -261,16 +264,19 @@ class _Room:
 
 
 def _alternatives(memory: MemoryModel) -> dict[str, MemoryModel]:
-    """Returns methods that hold less, with their memory models."""
+    """Returns settings that hold less, with their memory models."""
     adapters = replace(memory, adapter_rank=memory.adapter_rank or DEFAULT_RANK, trained_parts=LORA_PARTS)
+    quantised = replace(adapters, four_bit_parts=("decoder",), parallel="ddp", offloads=False)
     frozen = replace(memory, trained_parts=tuple(part for part in memory.trained_parts if part not in IMAGE_PARTS))
     found: dict[str, MemoryModel] = {}
+    if memory.num_ranks > 1 and memory.parallel == "ddp" and not memory.four_bit_parts:
+        found["parallel: fsdp2"] = replace(memory, parallel="fsdp2")
     if memory.adapter_rank is None:
         if memory.is_reached("projector") and frozen.trained_parts:
-            found["frozen_vision"] = frozen
-        found["lora"] = adapters
-    if not memory.is_four_bit:
-        found["qlora"] = replace(adapters, is_four_bit=True)
+            found["method: frozen_vision"] = frozen
+        found["method: lora"] = adapters
+    if not memory.four_bit_parts:
+        found["method: qlora"] = quantised
     return found
 
 

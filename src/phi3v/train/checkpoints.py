@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 """Name of the file that makes a checkpoint complete."""
 
-REQUIRED_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
-"""Without one of these Trainer resumes, silently, with something fresh in its place."""
+REQUIRED_FILES = ("training/state.json", "trainer_state.json")
+"""Without one of these a run could not go on."""
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING = ".saving"
 _REMOVING = ".removing-"

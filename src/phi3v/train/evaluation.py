@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from phi3v.config import TrainConfig
 from phi3v.data.dataset import ConversationDataset
+from phi3v.errors import StoppedError
 from phi3v.eval.answer import EvalSettings, Share
 from phi3v.eval.run import EvalResult, evaluate_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import EvalMoment, RunDirectory
 from phi3v.train.callbacks import SCORE_KEY
+from phi3v.train.stopping import Stop
 from phi3v.train.tuning import Precision
 
 logger = logging.getLogger(__name__)
@@ -30,18 +32,17 @@ class Scorer:
     Several processes share the questions out; the first one records the result, and all of them get the score.
 
     Args:
-        model: the model, not wrapped for distributed training.
-        processor: its processor.
+        processor: the model's.
         dataset: checked evaluation samples.
         config: metric, batch size and limits.
         precision: what training computes in.
         args: says which process this is.
         run: where the results go.
+        stop: a score that it meets is not taken to its end.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
         processor: Phi3VProcessor,
         dataset: ConversationDataset,
         *,
@@ -49,25 +50,32 @@ class Scorer:
         precision: Precision,
         args: TrainingArguments,
         run: RunDirectory,
+        stop: Stop,
     ) -> None:
-        self._model = model
         self._processor = processor
         self._dataset = dataset
         self._config = config
         self._precision = precision
         self._args = args
         self._run = run
+        self._stop = stop
 
-    def score(self, step: int, when: EvalMoment, *, may_reuse: bool = True) -> float:
+    def score(
+        self, model: PreTrainedModel | PeftModel, step: int, when: EvalMoment, *, may_reuse: bool = True
+    ) -> float:
         """Takes and records the score of the model as it is; every process gets it.
 
         A score of the same weights that is on record is taken over: the one from before training when a run starts
         again, and a mid-run one after training.
 
         Args:
+            model: with all its weights on every process, not wrapped for distributed training.
             step: optimizer steps that the model has behind it.
             when: ``before``, ``during`` or ``after`` training.
             may_reuse: False when the weights are not those that a mid-run score of this step was taken of.
+
+        Raises:
+            StoppedError: in all processes, when one is asked to stop meanwhile.
         """
         recorded = [self._recorded(step, when, may_reuse) if self._args.process_index == 0 else None]
         if self._args.world_size > 1:
@@ -75,31 +83,36 @@ class Scorer:
         (score,) = recorded
         if score is not None:
             return score
-        result = self._evaluate()
+        result = self._evaluate(model)
         if self._args.process_index == 0:
             self._record(result, step, when)
         return result.score.score
 
-    def score_during(self, step: int) -> dict[str, float]:
-        """Takes a mid-run score; returns what Trainer logs."""
-        return {SCORE_KEY: self.score(step, "during")}
+    def score_during(self, model: PreTrainedModel | PeftModel, step: int) -> dict[str, float]:
+        """Takes a mid-run score; returns what Trainer logs: nothing when the run is asked to stop meanwhile."""
+        try:
+            return {SCORE_KEY: self.score(model, step, "during")}
+        except StoppedError:
+            self._stop.is_agreed = True
+            return {}
 
     def _recorded(self, step: int, when: EvalMoment, may_reuse: bool) -> float | None:
         """Returns a score on record of the same weights, or None."""
         if when == "before" and (line := self._run.evaluation("before")) is not None:
             return line["score"]
-        if when == "after" and may_reuse:
+        if when == "during" or (when == "after" and may_reuse):
             for line in self._run.evals():
                 if line["when"] == "during" and line["step"] == step:
-                    self._run.append_eval({**line, "when": "after"})
+                    if when == "after":
+                        self._run.append_eval({**line, "when": "after"})
                     return line["score"]
         return None
 
-    def _evaluate(self) -> EvalResult:
+    def _evaluate(self, model: PreTrainedModel | PeftModel) -> EvalResult:
         config, args = self._config, self._args
-        with undisturbed(self._model), self._precision.autocast(args.device):
+        with undisturbed(model), self._precision.autocast(args.device):
             return evaluate_model(
-                self._model,
+                model,
                 self._processor,
                 self._dataset,
                 EvalSettings(
@@ -113,6 +126,7 @@ class Scorer:
                     progress=config.progress and args.process_index == 0,
                 ),
                 Share(args.process_index, args.world_size),
+                should_stop=lambda: self._stop.is_asked,
             )
 
     def _record(self, result: EvalResult, step: int, when: EvalMoment) -> None:

@@ -1,13 +1,14 @@
 """transformers' Trainer with our loss weighting, our sample order, our checkpoints and evaluation by generation."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -16,13 +17,25 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from phi3v.data.collate import LossWeighting
 from phi3v.errors import CheckpointError
+from phi3v.geometry import num_image_tokens
 from phi3v.model.checkpoint import base_of
 from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import part_of
 from phi3v.train.batches import WindowPlan, WindowReader, Windows
+from phi3v.train.engines.engine import Engine
 from phi3v.train.feature_cache import FeatureCache, compute_missing
+from phi3v.train.state import (
+    load_random_states,
+    load_training,
+    training_folder,
+    write_averages,
+    write_random_states,
+    write_training,
+)
 from phi3v.train.tuning import IMAGE_PARTS
 from phi3v.train.weights import restore_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -57,8 +70,9 @@ class Phi3VTrainer(Trainer):
         reader: makes the micro-batches.
         cache: keeps the rows of a frozen vision encoder; None: there is none.
         loss_weighting: what the window's sum is divided by.
-        optimizer: over the model's trainable parameters.
-        save_folder: writes a model folder; called on the writing rank only.
+        make_engine: makes what takes the steps, of the model and Trainer's accelerator; called when training starts, on
+            a model that has a checkpoint's weights already.
+        save_folder: writes the model folder of a checkpoint; called on every rank, one writes.
         commit_checkpoint: called on the writing rank with the step when everything of its checkpoint lies in
             ``staging``.
         staging: folder in which ``checkpoint-N`` is written before it is complete.
@@ -67,6 +81,7 @@ class Phi3VTrainer(Trainer):
 
     Attributes:
         window: the current optimizer step; None before the first.
+        engine: takes the steps; from when training starts.
         measure_speed: read at every logged step; its numbers go to all reporters.
 
     Source: transformers 5.17 to 5.23; what is relied on is named at each override.
@@ -81,7 +96,7 @@ class Phi3VTrainer(Trainer):
         reader: WindowReader,
         cache: FeatureCache | None = None,
         loss_weighting: LossWeighting,
-        optimizer: torch.optim.Optimizer,
+        make_engine: Callable[[nn.Module, Accelerator], Engine],
         save_folder: Callable[[Path], object],
         commit_checkpoint: Callable[[int], object],
         staging: Path,
@@ -94,7 +109,6 @@ class Phi3VTrainer(Trainer):
             train_dataset=_Steps(windows),
             # Trainer wants one when it is to evaluate; ``evaluate`` below never looks at it.
             eval_dataset=_Steps(windows) if evaluate_now else None,
-            optimizers=(optimizer, None),
             callbacks=list(callbacks),
         )
         self.windows = windows
@@ -103,6 +117,8 @@ class Phi3VTrainer(Trainer):
         self.loss_weighting = loss_weighting
         self.window: Window | None = None
         self.measure_speed: Callable[[], dict[str, float]] = dict
+        self._make_engine = make_engine
+        self._engine: Engine | None = None
         self._save_folder = save_folder
         self._commit_checkpoint = commit_checkpoint
         self._staging = staging
@@ -112,6 +128,11 @@ class Phi3VTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and part_of(name) in IMAGE_PARTS
         ]
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "training has not started"
+        return self._engine
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; then ends the workers that read ahead."""
@@ -152,26 +173,37 @@ class Phi3VTrainer(Trainer):
     def training_step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: nn.Module, inputs: Iterator[PackedBatch], num_items_in_batch: int
     ) -> torch.Tensor:
-        """Runs a window's micro-batches forward and backward; keeps its loss, for the guard to look at.
-
-        The gradients of processes are averaged at the last micro-batch.
-        """
+        """Runs a window's micro-batches forward and backward; keeps its loss, for the guard to look at."""
         assert self.window is not None
         model.train()
         number_of_last = len(self.window.plan.micro_batches)
         for number, batch in enumerate(inputs, start=1):
-            with nullcontext() if number == number_of_last else self.accelerator.no_sync(model):
-                self.window.loss += self.micro_step(model, batch, num_items_in_batch)
+            self.window.loss += self.micro_step(model, batch, num_items_in_batch, is_last=number == number_of_last)
         return self.window.loss
 
-    def micro_step(self, model: nn.Module, batch: PackedBatch, num_items_in_batch: int) -> torch.Tensor:
+    def micro_step(
+        self, model: nn.Module, batch: PackedBatch, num_items_in_batch: int, *, is_last: bool
+    ) -> torch.Tensor:
         """Runs one micro-batch forward and backward; returns its share of the loss, without a gradient."""
+        on_device = self._prepared(batch)
+        return self.engine.run(
+            lambda: self.compute_loss(model, on_device, num_items_in_batch=num_items_in_batch), is_last=is_last
+        )
+
+    def _prepared(self, batch: PackedBatch) -> PackedBatch:
+        """Returns a micro-batch as the model takes it, on the device."""
         on_device = batch.to(self.args.device, non_blocking=True)
+        assert self.model is not None
+        base = base_of(self.model)
         if self.cache is not None:
-            on_device = compute_missing(on_device, self.cache, base_of(self.accelerator.unwrap_model(model)))
-        loss = self.compute_loss(model, on_device, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
-        return loss.detach()
+            on_device = compute_missing(on_device, self.cache, base)
+        if (
+            on_device.crops is None
+            and self.engine.needs_one_path
+            and (self._image_parameters or not self.engine.is_whole)
+        ):
+            on_device = with_blank_image(on_device, base.config.crop_px, base.config.tokens_per_side)
+        return on_device
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -196,12 +228,14 @@ class Phi3VTrainer(Trainer):
         """Returns 0: Trainer's estimate looks for token ids, and nothing reads the sum."""
         return 0
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.engine.clip(self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # Trainer computes the norm right before ``on_pre_optimizer_step``, and tells callbacks only after the step.
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # Trainer asks for the norm right before ``on_pre_optimizer_step``, and tells callbacks only after the step.
         assert self.window is not None
-        self.window.grad_norm = grad_norm
-        return grad_norm
+        self.window.grad_norm = self.engine.clip(self.args.max_grad_norm) if grad_norm is None else grad_norm
+        return self.window.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, for every reporter; a training step's line also gets its speed and memory."""
@@ -222,9 +256,8 @@ class Phi3VTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model folder of a checkpoint, as every other model folder is written."""
         assert output_dir is not None
-        if self.args.should_save:
-            self._save_folder(Path(output_dir))
-        # The other processes write their random states beside the weights, into a folder that is there by now.
+        self._save_folder(Path(output_dir))
+        # The other processes write beside the weights, into a folder that is there by now.
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -246,6 +279,59 @@ class Phi3VTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer's own loader warns about missing and unknown names, and trains on.
         restore_weights(self.model if model is None else model, Path(resume_from_checkpoint))  # pyright: ignore[reportArgumentType]
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # Trainer's own prepares for engines by accelerate's means. What it leaves behind is the same.
+        self._engine = self._make_engine(self.model, self.accelerator)  # pyright: ignore[reportArgumentType]
+        self.optimizer = self.engine.optimizer
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = self.engine.module
+        if resume_from_checkpoint is not None:
+            load_training(self.engine, self.lr_scheduler, training_folder(resume_from_checkpoint))
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.engine.module, train_dataloader
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        rank, world_size = self.args.process_index, self.args.world_size
+        folder = training_folder(output_dir)
+        write_averages(self.engine, folder, rank=rank, world_size=world_size)
+        if self.args.should_save:
+            write_training(self.engine, self.lr_scheduler, folder, world_size=world_size)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Does nothing: the loss scale is part of the training file."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        write_random_states(training_folder(output_dir), self.args.device, rank=self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if not load_random_states(training_folder(checkpoint), self.args.device, rank=self.args.process_index):
+            rank = self.args.process_index
+            logger.warning("%s has no random state of process %d: its dropout draws anew.", checkpoint, rank)
+
+
+def with_blank_image(batch: PackedBatch, crop_px: int, tokens_per_side: int) -> PackedBatch:
+    """Adds a white image that no position shows to a batch without crops.
+
+    Args:
+        batch: on its device; rows of images that are at hand stay.
+        crop_px: edge of a crop.
+        tokens_per_side: image tokens along it.
+    """
+    grid = (1, 1)
+    crops = torch.ones(2, 3, crop_px, crop_px, device=batch.input_ids.device)
+    return replace(
+        batch,
+        crops=crops,
+        grids=(grid,),
+        image_rows=batch.image_rows + num_image_tokens(grid, tokens_per_side),
+    )
 
 
 class _Steps(Dataset[int]):

@@ -27,14 +27,16 @@ def weights_bytes(model: PreTrainedModel | PeftModel) -> int:
 
 
 def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Reads a model folder's weights into the model, in place.
+    """Reads a model folder's weights into the model, in place; frozen ones are the base's, which the model has.
 
     Raises:
         CheckpointError: the folder does not hold exactly the model's tensors.
     """
     with torch.no_grad():
+        learning = {one.data_ptr() for one in model.parameters() if one.requires_grad}
         for _, own, stored in _paired(model, folder):
-            own.copy_(stored)
+            if own.data_ptr() in learning:
+                own.copy_(stored)
 
 
 def require_equal_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -17,6 +17,7 @@ def save(store: CheckpointStore, step: int, names: tuple[str, ...] = (*REQUIRED_
     folder = store.staging / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{name} of step {step}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     store.commit(step, {"seed": 7})
@@ -42,13 +43,14 @@ def test_a_checkpoint_without_what_resume_needs_is_refused_when_written(store: C
     folder.mkdir(parents=True)
     for other in REQUIRED_FILES:
         if other != name:
+            (folder / other).parent.mkdir(exist_ok=True)
             (folder / other).touch()
     with pytest.raises(CheckpointError, match=name):
         store.commit(1, {})
 
 
 def damage_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text('{"format": 1, "fi')
+    (folder / MANIFEST).write_text('{"format": 2, "fi')
 
 
 def change_a_byte(folder: Path) -> None:
@@ -57,7 +59,7 @@ def change_a_byte(folder: Path) -> None:
 
 
 def shorten(folder: Path) -> None:
-    path = folder / "optimizer.pt"
+    path = folder / "training" / "state.json"
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -66,9 +68,9 @@ def shorten(folder: Path) -> None:
     [
         (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json"),
         (damage_manifest, "cannot be read"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: (folder / "training" / "state.json").unlink(), "training/state.json is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (shorten, "optimizer.pt has 22 bytes instead of 23"),
+        (shorten, "training/state.json has 29 bytes instead of 30"),
         (change_a_byte, "model.safetensors does not have the content"),
     ],
 )
@@ -104,7 +106,7 @@ def test_leftovers_of_a_killed_process_are_removed(store: CheckpointStore, caplo
     save(store, 10)
     for folder in (store.staging / "checkpoint-20", store.root / ".removing-checkpoint-5", store.rehearsal):
         folder.mkdir(parents=True)
-        (folder / "optimizer.pt").touch()
+        (folder / "model.safetensors").touch()
     store.clear_leftovers()
     assert "checkpoint-20" in caplog.text
     assert [path.name for path in store.root.iterdir()] == ["checkpoint-10"]

@@ -318,8 +318,8 @@ def test_the_result_has_the_number_format_of_its_base_and_is_scored_so(
     settings = replace(config(), model=str(base), eval_data=[data / "eval.jsonl"], eval_max_new_tokens=1, save_steps=3)
     scored: list[torch.dtype] = []
 
-    def score(self: evaluation.Scorer, step: int, when: str, **options: bool) -> float:
-        scored.append(self._model.dtype)  # pyright: ignore[reportArgumentType]
+    def score(self: evaluation.Scorer, model: Any, step: int, when: str, **options: bool) -> float:
+        scored.append(model.dtype)
         if when == "after" and len(scored) == 2:
             raise OSError("cut off")
         return 0.0

@@ -1,0 +1,119 @@
+"""FSDP2: every process holds a share of each tensor, and layers are put together while they compute.
+
+Source: torch's ``fully_shard``. transformers and accelerate would also take care of CPUs' processes by quietly running
+DDP instead, and of checkpoints that another number of processes cannot resume; neither is used here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from phi3v.model.packed_layers import PackedClipLayer, PackedDecoderLayer
+from phi3v.train.engines.engine import AVERAGES, Average, Read, adamw_state, gradient_norm, steps_of
+
+
+class FullySharded:
+    """An engine as ``Engine`` describes it.
+
+    Args:
+        model: with float32 trainable weights, whole, on its device.
+        make_optimizer: makes AdamW over the trainable parameters of the sharded model.
+        dtype: what layers compute in; weights are put together in it, gradients added up in float32.
+        offloads: keep the state in the machine's memory and not in the GPU's.
+    """
+
+    is_whole = False
+    needs_one_path = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        *,
+        dtype: torch.dtype,
+        offloads: bool = False,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if dtype != torch.float32 else None,
+            reduce_dtype=torch.float32,
+            # The residual stream keeps its own type.
+            cast_forward_inputs=False,
+        )
+        options: dict[str, Any] = {
+            "mesh": self._mesh,
+            "mp_policy": policy,
+            "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
+        }
+        for module in model.modules():
+            if isinstance(module, PackedDecoderLayer | PackedClipLayer):
+                fully_shard(module, **options)
+        fully_shard(model, **options)
+        self.module = model
+        # Where FSDP cannot run, others quietly run something else.
+        assert isinstance(self.module, FSDPModule)
+        self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        assert all(isinstance(one, DTensor) for one in self._parameters.values())
+        self._device = device
+        self.optimizer = make_optimizer(model)
+
+    def run(self, compute_loss: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        # Every micro-batch's gradients are shared out at once: whole ones would take as much memory as the weights.
+        loss = compute_loss()
+        loss.backward()
+        return loss.detach()
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        norm = gradient_norm(list(self._parameters.values()), max_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+
+    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, self._whole(parameter)
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield name, self._whole(parameter)
+
+    def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            for average in AVERAGES:
+                yield name, average, self._whole(self.optimizer.state[parameter][average])
+
+    def num_steps(self) -> int:
+        return steps_of(self.optimizer)
+
+    def load(self, read: Read, num_steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            assert isinstance(parameter, DTensor)
+            averages: dict[Average, torch.Tensor] = {}
+            for average in AVERAGES:
+                # Every process reads the whole tensor and keeps its share: none has to send anything.
+                share = distribute_tensor(
+                    read(name, average).to(parameter.device), self._mesh, parameter.placements, src_data_rank=None
+                )
+                averages[average] = share
+            self.optimizer.state[parameter] = adamw_state(parameter, averages, num_steps)
+
+    def scaling(self) -> dict[str, float]:
+        return {}
+
+    def load_scaling(self, state: dict[str, float]) -> None:
+        assert not state, "fp16 is refused with fsdp2"
+
+    def close(self) -> None:
+        self.optimizer.state.clear()
+        self._parameters.clear()
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Shares that lie in the machine's memory are put together by the GPUs all the same.
+        there = tensor.detach().to(self._device)
+        assert isinstance(there, DTensor)
+        return there.full_tensor()
