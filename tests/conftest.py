@@ -31,6 +31,10 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config() -> Phi3VConfig:
     """Two decoder layers of width 32, CLIP of three layers, 56-px crops, real LongRoPE factors."""
+    return tiny_model_config()
+
+
+def tiny_model_config() -> Phi3VConfig:
     return Phi3VConfig(
         architectures=["Phi3VForCausalLM"],
         dtype="float32",
@@ -62,9 +66,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tiny_config: Phi3VConfig)
 
 @pytest.fixture(scope="session")
 def wide_dir(tmp_path_factory: pytest.TempPathFactory, tiny_config: Phi3VConfig) -> Path:
-    """The same with a decoder as wide as a block of 4-bit weights, which the CPU's 4-bit kernels need."""
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = Phi3VConfig.from_dict({**tiny_config.to_dict(), **wide})
+    """The same with both towers as wide as a block of 4-bit weights, which the CPU's 4-bit kernels need."""
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    published = tiny_config.to_dict()
+    vision = {**published["vision_config"], **wide}
+    config = Phi3VConfig.from_dict({**published, **wide, **heads, "vision_config": vision})
     return write_random_model(config, tmp_path_factory.mktemp("wide") / "model")
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from phi3v.arguments import exit_code
 from phi3v.config import TrainConfig
 from phi3v.data.encode import Encoded
 from phi3v.geometry import num_image_tokens
@@ -107,15 +108,14 @@ def make_config(model: Path, data: Path, output_dir: Path, **changes: Any) -> Tr
 
 
 def train_in_child(config: TrainConfig, prepare: Callable[[], None] = lambda: None, timeout_s: float = 120) -> int:
-    """Trains in a forked process, so that it can be killed; returns its exit code, or minus the signal."""
+    """Trains in a forked process, so that it can be killed; returns the command's exit code, or minus the signal."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             torch.set_num_threads(1)
             prepare()
-            run_training(config)
-            code = 0
+            code = exit_code(lambda: run_training(config))
         except BaseException:  # noqa: BLE001  a child must never return into pytest
             traceback.print_exc()
         finally:

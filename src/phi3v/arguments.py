@@ -11,10 +11,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phi3v.errors import ConfigError, Phi3VError
+from phi3v.credentials import without_secrets
+from phi3v.errors import ConfigError, Phi3VError, StoppedError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""The run did what a signal asked for, and the same command goes on. BSD's EX_TEMPFAIL: "try again later"."""
+
 EXIT_INTERRUPTED = 130
 
 
@@ -29,8 +33,9 @@ def exit_code(program: Callable[[], object]) -> int:
     """Runs a program and turns what it raises on purpose into one line on standard error.
 
     Returns:
-        0, 2 for a usage or configuration error, 1 for any other error that phi3v raises on purpose, 130 when
-        interrupted. Other exceptions go through with their traceback.
+        0, 2 for a usage or configuration error, 1 for any other error that phi3v raises on purpose, 75 when a run
+        saved and stopped because a signal asked for it, 130 when interrupted. Other exceptions go through with their
+        traceback.
     """
     # Read by OpenMP when torch is first imported. Its threads otherwise wait for each other by spinning, which costs a
     # CPU run most of its speed as soon as another program wants a core (measured: docs/LOG.md).
@@ -40,10 +45,14 @@ def exit_code(program: Callable[[], object]) -> int:
     try:
         program()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return EXIT_USAGE
+    except StoppedError as error:
+        if is_first_process():
+            print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     except Phi3VError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,6 +22,9 @@ PARTS: tuple[Part, ...] = get_args(Part)
 LORA_PARTS: tuple[Part, ...] = ("vision", "projector", "decoder", "head")
 """Where adapters stand unless `TrainConfig.lora_parts` says otherwise."""
 
+FOUR_BIT_PARTS: tuple[Part, ...] = ("vision", "projector", "decoder")
+"""Parts that can be held in 4 bit."""
+
 Metric = Literal["accuracy", "exact_match", "anls", "vqa_accuracy", "relaxed_accuracy", "f1"]
 Scoring = Literal["generate", "likelihood", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -160,7 +163,7 @@ class TrainConfig(RunConfig):
     method: Literal["full", "frozen_vision", "lora", "qlora"] = setting(
         METHOD,
         "What is trained: every weight, every weight but the vision encoder's and its projector's, adapters (LoRA), or "
-        "adapters on a decoder that is held in 4 bit (QLoRA; needs the package bitsandbytes).",
+        "adapters on a model of which four_bit_parts are held in 4 bit (QLoRA; needs the package bitsandbytes).",
         default="full",
         familiar_names=("use_lora", "use_qlora", "freeze_vision_model"),
     )
@@ -178,7 +181,7 @@ class TrainConfig(RunConfig):
     )
     lora_alpha: float = setting(
         METHOD,
-        "Strength of the adapters: their output is scaled by lora_alpha / lora_rank.",
+        "Strength of the adapters: their output is scaled by lora_alpha / lora_rank, or as use_rslora says.",
         default=128.0,
         above=0,
         needs=("method=lora|qlora",),
@@ -196,6 +199,25 @@ class TrainConfig(RunConfig):
         f"Parts that get adapters. None: {', '.join(LORA_PARTS)}, less the frozen ones.",
         default=None,
         needs=("method=lora|qlora",),
+    )
+    use_rslora: bool = setting(
+        METHOD,
+        "Scale the adapters' output by lora_alpha / the square root of lora_rank (rsLoRA): its strength then does not "
+        "fall with the rank.",
+        default=False,
+        needs=("method=lora|qlora",),
+    )
+    use_dora: bool = setting(
+        METHOD,
+        "Train the length of every row of the adapted weights apart from its direction (DoRA).",
+        default=False,
+        needs=("method=lora|qlora",),
+    )
+    four_bit_parts: list[Part] = setting(
+        METHOD,
+        f"Parts whose linear layers are held in 4 bit, of {', '.join(FOUR_BIT_PARTS)}.",
+        default=["decoder"],
+        needs=("method=qlora",),
     )
 
     learning_rate: float = setting(
@@ -267,6 +289,12 @@ class TrainConfig(RunConfig):
         "Every sample weighs the same (mean over samples of each one's token mean), or every answer token does.",
         default="sample_mean",
     )
+    on_loss_spike: Literal["warn", "stop"] = setting(
+        OPTIMISATION,
+        "A step whose loss or gradient norm is far above those before (docs/faults.md): record it with its samples and "
+        "go on, or end the run before the step is taken.",
+        default="warn",
+    )
     seed: int = setting(
         OPTIMISATION,
         "Seed of everything random: data order, adapter initialisation, dropout, confidence intervals.",
@@ -307,6 +335,19 @@ class TrainConfig(RunConfig):
         "Multiply the decoder's linear layers in float8: faster on GPUs that have it, and no longer exact.",
         default=False,
         needs=("method=full|frozen_vision|lora",),
+    )
+    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = setting(
+        HARDWARE,
+        "How processes work together. Ddp: each holds everything. Fsdp2: torch's, each holds a share of everything. "
+        "Zero2, zero3: DeepSpeed's, each holds a share of the optimizer and the gradients, with zero3 of the weights too.",
+        default="ddp",
+        familiar_names=("fsdp", "deepspeed", "deepspeed_config"),
+    )
+    cpu_offload: bool = setting(
+        HARDWARE,
+        "Keep what processes hold shares of in the machine's memory, and not in the GPUs'.",
+        default=False,
+        needs=("parallel=fsdp2|zero2|zero3",),
     )
     vision_cache: Path | None = setting(
         HARDWARE,
@@ -412,6 +453,7 @@ class TrainConfig(RunConfig):
                 raise ConfigError(
                     f"lora_parts names {part!r}, which freeze leaves untrained; take it out of one of them"
                 )
+        _check_four_bit_parts(self.four_bit_parts)
         if not self.trained_parts:
             raise ConfigError("nothing is left to train: freeze and method leave out every part; free at least one")
         for part in self.part_learning_rates:
@@ -524,6 +566,21 @@ def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str] 
 def _check_labels(name: str, labels: Sequence[str]) -> None:
     if len(labels) == 1 or len(set(labels)) < len(labels):
         raise ConfigError(f"{name} is {', '.join(map(repr, labels))}; a closed set has at least two different answers")
+
+
+def _check_four_bit_parts(parts: Sequence[Part]) -> None:
+    allowed = f"allowed: {', '.join(FOUR_BIT_PARTS)}"
+    if not parts:
+        raise ConfigError(f"four_bit_parts is empty; {allowed}. With nothing in 4 bit, use method: lora")
+    if "embeddings" in parts:
+        raise ConfigError(
+            f"four_bit_parts names 'embeddings', which are looked up, and 4-bit layers only multiply; {allowed}"
+        )
+    if "head" in parts:
+        raise ConfigError(
+            "four_bit_parts names 'head', whose rounding would fall on every logit with nothing behind it to make up "
+            f"for it, to save 5 % of the weights' memory; {allowed}"
+        )
 
 
 def _refuse_unread(one: Setting, settings: Mapping[str, Setting], values: Mapping[str, Any], place: str = "") -> None:

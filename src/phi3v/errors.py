@@ -19,3 +19,7 @@ class CheckpointError(Phi3VError):
 
 class CapacityError(Phi3VError):
     """The work does not fit this machine: memory, disk or sequence length."""
+
+
+class StoppedError(Phi3VError):
+    """The run was asked to stop, did so, and can go on: not a failure."""

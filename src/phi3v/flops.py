@@ -144,7 +144,7 @@ def count_flops(
         work: what is computed.
         trained_parts: the parts that learn, as ``TrainConfig.trained_parts`` names them.
         lora_rank: rank of the adapters on the linear layers of those parts, which then learn alone; None: the parts'
-            own weights learn.
+            own weights learn. DoRA's magnitudes scale what is there, and are no product that the result needs.
     """
     walk = _Walk(frozenset(trained_parts), lora_rank)
     positions = work.crops * dims.clip_positions

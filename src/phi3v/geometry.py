@@ -13,6 +13,10 @@ CROP_PX = 336
 TOKENS_PER_SIDE = 12
 """Image tokens along a crop's edge in the published model: 24 patches a side, merged two by two."""
 
+MAX_NUM_CROPS = 1024
+"""Most tiles that a file may ask for an image: more than a decoder of 131,072 positions holds in the published model,
+and few enough that a line of data cannot ask for more memory than there is (1.4 GB of pixel values)."""
+
 
 @dataclass(frozen=True, slots=True)
 class HDLayout:

@@ -1,8 +1,9 @@
 """The run directory: what a run leaves on disk, who may read it, and how it survives a kill.
 
 Whole files (``config.yaml``, every ``.json``, every predictions file) appear complete or not at all: they are written
-to a temporary sibling, synced and renamed. Logs (``steps.jsonl``, ``eval.jsonl``) grow by one line a call; a kill can
-leave a partial last line, which readers skip and the next append removes. Only one process may write: rank 0.
+to a temporary sibling, synced and renamed. Logs (``steps.jsonl``, ``spikes.jsonl``, ``eval.jsonl``) grow by one line a
+call; a kill can leave a partial last line, which readers skip and the next append removes. Only one process may write:
+rank 0.
 
 Every file's fields and units are in ``docs/run-directory.md``.
 """
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
-import yaml
 
+from phi3v.credentials import plain_without_secrets, without_secrets
 from phi3v.errors import ConfigError, DataError
+from phi3v.settings import read_plain_yaml
 
 EvalMoment = Literal["before", "during", "after"]
 
@@ -83,6 +85,10 @@ class RunDirectory:
         return self.path / "steps.jsonl"
 
     @property
+    def spikes_path(self) -> Path:
+        return self.path / "spikes.jsonl"
+
+    @property
     def evals_path(self) -> Path:
         return self.path / "eval.jsonl"
 
@@ -120,11 +126,11 @@ class RunDirectory:
         """Makes the folder and writes ``config.yaml`` and ``environment.json``; logs already there stay.
 
         A run that starts where another has been calls ``clear_logs`` (a new run) or ``truncate_after`` (the same
-        run, resumed) as well.
+        run, resumed) as well. Passwords and access tokens are not written; a configuration refuses them beforehand.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config_path, _encode(config_yaml))
-        write_json(self.environment_path, environment)
+        write_atomically(self.config_path, _encode(without_secrets(config_yaml)))
+        write_json(self.environment_path, plain_without_secrets(environment))
         return self
 
     def open(self) -> Self:
@@ -151,6 +157,7 @@ class RunDirectory:
         """Removes what an earlier run logged here. Checkpoints, the final model and tensorboard files stay."""
         for path in (
             self.steps_path,
+            self.spikes_path,
             self.evals_path,
             self.evaluation_path("before"),
             self.evaluation_path("after"),
@@ -171,6 +178,15 @@ class RunDirectory:
         """
         _check_step(line)
         _append_line(self.steps_path, line, is_synced=False)
+
+    def append_spike(self, line: Mapping[str, Any]) -> None:
+        """Adds one line to ``spikes.jsonl``; numbers that are not finite become null.
+
+        Raises:
+            ValueError: ``line`` has no whole-numbered ``step``.
+        """
+        _check_step(line)
+        _append_line(self.spikes_path, line, is_synced=False)
 
     def append_eval(self, line: Mapping[str, Any]) -> None:
         """Adds one line to ``eval.jsonl``, and writes it to ``eval_before.json`` or ``eval_after.json`` if it is one.
@@ -206,12 +222,13 @@ class RunDirectory:
     def truncate_after(self, step: int) -> None:
         """Takes the logs back to ``step``, so that a resumed run's end up equal to an uninterrupted run's.
 
-        Dropped: step lines and evaluations beyond ``step``; every evaluation from after training, which the resumed
+        Dropped: step lines, spikes and evaluations beyond ``step``; every evaluation from after training, which the resumed
         run takes again; predictions whose evaluation is dropped. Kept: the evaluation from before training.
         """
-        if self.steps_path.exists():
-            kept_steps = [line for line in self.steps() if _step_of(line) <= step]
-            write_atomically(self.steps_path, b"".join(map(_json_line, kept_steps)))
+        for path in (self.steps_path, self.spikes_path):
+            if path.exists():
+                kept_lines = [line for line in _read_lines(path) if _step_of(line) <= step]
+                write_atomically(path, b"".join(map(_json_line, kept_lines)))
         kept_evals = [
             line
             for line in self.evals()
@@ -232,6 +249,10 @@ class RunDirectory:
             DataError: a line other than a partial last one is not a JSON object. So do all readers of ``.jsonl``.
         """
         return _read_lines(self.steps_path)
+
+    def spikes(self) -> list[dict[str, Any]]:
+        """Reads ``spikes.jsonl``; empty when there is none."""
+        return _read_lines(self.spikes_path)
 
     def evals(self) -> list[dict[str, Any]]:
         """Reads ``eval.jsonl``; empty when there is none."""
@@ -255,21 +276,14 @@ class RunDirectory:
         """Reads ``config.yaml``; None when there is none.
 
         Raises:
-            ConfigError: it is not a YAML mapping.
+            ConfigError: it is not a YAML mapping as a run writes it.
         """
-        text = self.config_text()
-        if text is None:
+        if not self.config_path.exists():
             return None
         try:
-            loaded = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-            raise ConfigError(f"{self.config_path}: not YAML ({error}); restore the file the run wrote") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{self.config_path}: holds a {type(loaded).__name__}, not `key: value` lines; "
-                "restore the file the run wrote"
-            )
-        return loaded
+            return read_plain_yaml(self.config_path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; restore the file the run wrote") from error
 
     def config_text(self) -> str | None:
         """Reads ``config.yaml`` as it was written; None when there is none."""

@@ -17,12 +17,24 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from yaml.composer import ComposerError
 
+from phi3v.credentials import holds_secret
 from phi3v.errors import ConfigError
 
 _TRUE = ("true", "yes", "on")
 _FALSE = ("false", "no", "off")
 _NONE = ("none", "null")
+
+MAX_YAML_BYTES = 256 * 2**10
+"""Largest YAML file that is read; a run's configuration has a few hundred bytes."""
+
+MAX_YAML_DEPTH = 8
+"""Most levels of lists and mappings in one; a configuration has two."""
+
+_MAX_NUMBER_CHARS = 64
+_VALUE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What PyYAML raises on a value that is not of the type that its tag says, such as a date that is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,11 @@ class Setting:
                 value = word
             elif word in _TRUE + _FALSE:
                 value = word in _TRUE
+        elif isinstance(raw, str | os.PathLike) and holds_secret(os.fspath(raw)):
+            raise ConfigError(
+                f"{self.name} holds a password or an access token, and a run writes its configuration down. Take it "
+                "out: the hub's token is read from HF_TOKEN or from `hf auth login`, W&B's from WANDB_API_KEY"
+            )
         elif self.kind is Path:
             value = expand_home(raw) if isinstance(raw, str | os.PathLike) else None
         elif self.kind is str:
@@ -222,13 +239,7 @@ def read_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, tuple[ob
     Raises:
         ConfigError: an unreadable file, or an unknown or repeated key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not a UTF-8 text file ({error})") from error
-    node = _compose(text, str(path))
+    node = _compose(_read_text(path), str(path))
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -239,6 +250,26 @@ def read_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, tuple[ob
             raise ConfigError(f"{place}: unknown field {_shown(name)}{_suggested_field(name, settings)}")
         values[name] = (_raw(value_node, str(path)), place)
     return values
+
+
+def read_plain_yaml(path: Path) -> dict[str, Any]:
+    """Returns the values of a YAML file that holds a mapping, in YAML's own types, whatever its keys.
+
+    Raises:
+        ConfigError: an unreadable file, or one that holds something else or what `read_file` refuses in any YAML.
+    """
+    node = _compose(_read_text(path), str(path))
+    if not isinstance(node, yaml.MappingNode):
+        found = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise ConfigError(f"{path}: holds {found}, not lines of the form 'field: value'")
+    _entries(node, str(path))
+    if node.tag != "tag:yaml.org,2002:map":
+        raise ConfigError(f"{path}: the tag {node.tag} is not supported; write plain 'field: value' lines")
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    except (yaml.YAMLError, *_VALUE_ERRORS) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_overrides(tokens: Sequence[str], settings: Mapping[str, Setting]) -> dict[str, object]:
@@ -363,10 +394,53 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML of a small tree: a few lines of aliases would stand for more values than memory holds."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = "aliases (*name) are not supported; write the value again"
+            raise ComposerError(None, None, problem, event.start_mark)
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        # Base-60 numbers of any length are YAML too, and take the square of their length to compute.
+        if len(node.value) > _MAX_NUMBER_CHARS and node.style is None:
+            node.tag = "tag:yaml.org,2002:str"
+        return node
+
+
+def _read_text(path: Path) -> str:
+    """Reads a text file that may be somebody else's.
+
+    Raises:
+        ConfigError: not there, too large, or no UTF-8.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+        if len(content) > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: is larger than {MAX_YAML_BYTES // 2**10} KiB, so it is no configuration file")
+        return content.decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not a UTF-8 text file ({error})") from error
+
+
 def _compose(text: str, place: str) -> yaml.Node | None:
     """Parses YAML into nodes, which know their lines and hold every scalar as its text; builds no objects."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {error.problem or error.context}") from error

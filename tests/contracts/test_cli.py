@@ -15,7 +15,7 @@ from phi3v.cli import main
 from phi3v.config import EvalConfig, TrainConfig
 from phi3v.errors import CapacityError, CheckpointError, ConfigError, DataError
 
-VERBS = ("train", "eval", "generate", "merge", "report", "demo")
+VERBS = ("train", "eval", "generate", "merge", "export", "report", "demo")
 SCRIPT = Path(sys.executable).with_name("phi3v")
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL")
 
@@ -92,6 +92,9 @@ def test_help_names_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -
         ["generate", "--model", "m", "--prompt", "p", "--max_new", "1"],
         ["merge", "adapter"],
         ["merge", "adapter", "out", "--dtype", "int8"],
+        ["export", "run"],
+        ["export", "run", "out", "--rope_mode", "longer"],
+        ["export", "run", "out", "--private"],
         ["report"],
         ["demo", "somewhere"],
     ],
@@ -194,8 +197,8 @@ def test_generate_names_an_image_that_it_cannot_open(tmp_path: Path, capsys: pyt
 
 
 def test_merge_hands_over_what_to_compare(replace_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    calls, merge_and_verify = recorder("merged into out")
-    replace_module("phi3v.eval.merge", merge_and_verify=merge_and_verify)
+    calls, merge_and_verify = recorder("as close as it gets")
+    replace_module("phi3v.export.merge", merge_and_verify=merge_and_verify)
     assert main(["merge", "adapter", "out"]) == 0
     options = ["--base", "b", "--data", "v.jsonl", "--data=w.jsonl", "--image-dir", "i", "--samples", "2"]
     assert main(["merge", *options, "--dtype=float16", "adapter", "out"]) == 0
@@ -203,7 +206,23 @@ def test_merge_hands_over_what_to_compare(replace_module: Any, capsys: pytest.Ca
     defaults = {"base": None, "data": [], "image_dir": None, "num_samples": 4, "dtype": "auto"}
     given = {"base": "b", "data": [Path("v.jsonl"), Path("w.jsonl")], "image_dir": Path("i"), "num_samples": 2}
     assert calls == [(where, defaults), (where, given | {"dtype": "float16"})]
-    assert capsys.readouterr().out == "merged into out\n" * 2
+    assert capsys.readouterr().out == "merged into out: as close as it gets\n" * 2
+
+
+def test_export_hands_over_what_to_write_and_where(replace_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    calls, export_model = recorder()
+    replace_module("phi3v.export.run", export_model=export_model)
+    assert main(["export", "run", "out"]) == 0
+    options = ["--base", "b", "--data=v.jsonl", "--image-dir", "i", "--samples", "2", "--dtype", "bfloat16"]
+    options += ["--num-crops", "16", "--rope-mode=short", "--auto-map", "--push-to-hub", "me/it", "--private"]
+    assert main(["export", *options, "run", "out"]) == 0
+    defaults = {"base": None, "data": [], "image_dir": None, "num_samples": 4, "dtype": "auto"}
+    defaults |= {"num_crops": None, "rope_mode": None, "use_auto_map": False, "push_to_hub": None, "is_private": False}
+    given = {"base": "b", "data": [Path("v.jsonl")], "image_dir": Path("i"), "num_samples": 2, "dtype": "bfloat16"}
+    given |= {"num_crops": 16, "rope_mode": "short", "use_auto_map": True, "push_to_hub": "me/it", "is_private": True}
+    assert all(callable(options.pop("say")) for _, options in calls)
+    assert calls == [((Path("run"), Path("out")), defaults), ((Path("run"), Path("out")), given)]
+    assert capsys.readouterr().out == "out\n" * 2
 
 
 def test_report_and_demo_take_their_folder(replace_module: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 import phi3v.train.checkpoints as checkpoints
 import phi3v.train.evaluation as evaluation
 import phi3v.train.run as run
+import phi3v.train.state as state
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.trainer import Phi3VTrainer
@@ -67,10 +68,10 @@ def die_inside(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable
 
 
 def write_half_and_die(function: Callable[..., Any]) -> Callable[..., Any]:
-    def save(obj: Any, path: str, **kwargs: Any) -> None:
-        function(obj, path, **kwargs)
-        if Path(path).name == "optimizer.pt":
-            os.truncate(path, Path(path).stat().st_size // 2)
+    def save(tensors: Any, path: Path) -> None:
+        function(tensors, path)
+        if path.name.startswith("optimizer-"):
+            os.truncate(path, path.stat().st_size // 2)
             die()
 
     return save
@@ -79,7 +80,7 @@ def write_half_and_die(function: Callable[..., Any]) -> Callable[..., Any]:
 FULL_DEATHS = {
     "taking the score before training": patch(evaluation, "evaluate_model", die_at_call(1)),
     "in step 2, before any checkpoint": patch(Phi3VTrainer, "micro_step", die_at_call(3)),
-    "in the middle of optimizer.pt": patch(torch, "save", write_half_and_die),
+    "in the middle of the optimizer's state": patch(state, "save_file", write_half_and_die),
     "before the manifest": patch(checkpoints, "_write_manifest", die_at_call(1)),
     "after the manifest, before the rename": patch(checkpoints, "_sync_folder", die_at_call(1)),
     "in step 3, between two micro-batches": patch(Phi3VTrainer, "micro_step", die_at_call(6)),
@@ -101,14 +102,23 @@ def test_full_run_killed_ten_times(tiny_dir: Path, data: Path, tmp_path: Path) -
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_adapters_with_dropout_killed_within_epochs(method: str, wide_dir: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora"},
+        {"method": "qlora", "use_dora": True, "use_rslora": True, "four_bit_parts": ["decoder", "vision"]},
+    ],
+    ids=lambda method: method["method"],
+)
+def test_adapters_with_dropout_killed_within_epochs(
+    method: dict[str, Any], wide_dir: Path, data: Path, tmp_path: Path
+) -> None:
     """Two micro-batches a step, three steps an epoch; the run ends in the middle of its second epoch."""
-    if method == "qlora":
+    if method["method"] == "qlora":
         pytest.importorskip("bitsandbytes")
-    whole = make_config(wide_dir, data, tmp_path / "whole", method=method, **LORA)
+    whole = make_config(wide_dir, data, tmp_path / "whole", **method, **LORA)
     assert train_in_child(whole) == 0
-    killed = make_config(wide_dir, data, tmp_path / "killed", method=method, **LORA)
+    killed = make_config(wide_dir, data, tmp_path / "killed", **method, **LORA)
     deaths = [patch(Phi3VTrainer, "micro_step", die_at_call(call)) for call in (4, 8)]
     for death in (*deaths, patch(run, "save_result", die_at_call(1))):
         assert train_in_child(killed, death) == -signal.SIGKILL

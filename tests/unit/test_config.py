@@ -157,7 +157,7 @@ def test_paths_stay_relative_and_a_tilde_is_the_home_directory(tmp_path: Path, m
         ("seed: [1", "recipe.yaml:4: not valid YAML"),
         ('image_dir: "\\UFFFFFFFF"', "recipe.yaml: not valid YAML"),
         ('image_dir: "\x07"', "recipe.yaml: not valid YAML"),
-        ("image_dir: " + "[" * 3000, "recipe.yaml: not valid YAML: nested too deeply"),
+        ("image_dir: " + "[" * 3000, "recipe.yaml:4: not valid YAML: nested too deeply"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -232,6 +232,15 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
         ({"eval_data": ["e"], "eval_labels": ["yes"]}, "eval_labels is 'yes'; a closed set has at least two different"),
         ({"eval_data": ["e"], "eval_labels": ["a", "b", "a"]}, "a closed set has at least two different answers"),
         ({"lora_rank": 8}, "lora_rank is set, but nothing would read it: it needs method=lora or qlora"),
+        ({"use_dora": True}, "use_dora is set, but nothing would read it: it needs method=lora or qlora"),
+        ({"use_rslora": True}, "use_rslora is set, but nothing would read it: it needs method=lora or qlora"),
+        ({"method": "lora", "four_bit_parts": ["vision"]}, "four_bit_parts is set, but nothing would read it"),
+        ({"method": "qlora", "four_bit_parts": []}, "four_bit_parts is empty; allowed: vision, projector, decoder"),
+        ({"method": "qlora", "four_bit_parts": ["embeddings"]}, "which are looked up, and 4-bit layers only multiply"),
+        (
+            {"method": "qlora", "four_bit_parts": ["decoder", "head"]},
+            "whose rounding would fall on every logit",
+        ),
         ({"method": "qlora", "fp8": True}, "fp8 is set, but nothing would read it: it needs method=full"),
         ({"eval_steps": 8}, "eval_steps is set, but nothing would read it: it needs eval_data"),
         (

@@ -79,7 +79,7 @@ def assert_self_contained(page: Page) -> None:
     assert not re.search(r"url\(|@import|//", style)
     assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", page.source)
     (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def prediction(index: int, score: float, **more: Any) -> dict[str, Any]:
@@ -369,11 +369,17 @@ def test_images_from_elsewhere_are_never_followed(tmp_path: Path, name: str) -> 
 
 def test_a_relative_path_does_not_leave_the_image_folder(tmp_path: Path, images: Path) -> None:
     run = RunDirectory(tmp_path / "run").create(f"image_dir: {images / 'inner'}\n", {})
-    run.write_predictions(0, [prediction(0, 1.0, images=["../page.jpg", "a/../../page.jpg"])])
-    (images / "inner").mkdir()
+    (images / "inner" / "a").mkdir(parents=True)
+    (images / "inner" / "link.jpg").symlink_to(images / "page.jpg")
+    names = ["../page.jpg", "a/../../page.jpg", str(images / "page.jpg"), "link.jpg"]
+    # A prediction cannot name another folder either.
+    run.write_predictions(0, [{**prediction(0, 1.0, images=names), "image_dir": str(images)}])
     page = Page(write_report(run.path))
     assert page.all("img") == []
-    assert page.text.count("not shown, the file is not there") == 2
+    assert page.text.count("not shown, the file is outside the run's image folders") == len(names)
+    # The folders that the run recorded count too, wherever the report is made.
+    run.write_data({"eval": {"samples": 1, "image_dirs": [str(images)]}})
+    assert len(Page(write_report(run.path)).all("img")) == len(names)
 
 
 def test_images_are_found_beside_the_data_when_no_folder_is_set(tmp_path: Path) -> None:

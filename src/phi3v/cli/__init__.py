@@ -13,6 +13,7 @@ from phi3v import __version__
 from phi3v.arguments import Parser, exit_code, is_first_process, positive, with_underscores
 from phi3v.cli.bench import bench
 from phi3v.cli.data import data
+from phi3v.cli.export import export, merge
 from phi3v.config import (
     SECTIONS,
     Attention,
@@ -131,43 +132,6 @@ def generate(arguments: Sequence[str]) -> None:
     print(answer)
 
 
-def merge(arguments: Sequence[str]) -> None:
-    """Merge an adapter into its base model, and check that both answer alike."""
-    parser = _verb_parser("merge")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, such as RUN/model")
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder to write the merged model to")
-    parser.add_argument("--base", metavar="PATH", help="the base model (default: the one that the adapter names)")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="JSONL",
-        help="real samples to compare the two on; repeat for more files",
-    )
-    parser.add_argument("--image_dir", type=Path, metavar="PATH", help="folder that their image paths start from")
-    parser.add_argument("--samples", type=positive, default=4, metavar="N", help="samples to compare (default: 4)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="number format of the merged files (default: auto, the base's own)",
-    )
-    options = parser.parse_args(with_underscores(arguments))
-    from phi3v.eval.merge import merge_and_verify
-
-    report = merge_and_verify(
-        options.adapter,
-        options.output_dir,
-        base=options.base,
-        data=options.data,
-        image_dir=options.image_dir,
-        num_samples=options.samples,
-        dtype=options.dtype,
-    )
-    print(report)
-
-
 def report(arguments: Sequence[str]) -> None:
     """Write a run's report.html: curves, scores, predictions."""
     parser = _verb_parser("report")
@@ -193,6 +157,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": evaluate,
     "generate": generate,
     "merge": merge,
+    "export": export,
     "report": report,
     "data": data,
     "bench": bench,

@@ -22,13 +22,17 @@ from .encode import OVERLONG, SampleEncoder
 from .images import UnusableImageError, check_image, read_image
 from .packing import CostRecorder
 from .processes import default_num_workers
-from .schema import Sample, SampleError, parse_sample, sample_error
+from .schema import Sample, SampleError, parse_sample, quoted, sample_error
 
 MAX_LISTED_PROBLEMS = 10
 """Bad samples that an error or a summary names beside the first; enough to see a pattern."""
 
 REMEMBERED_IMAGES = 65_536
 """Image sizes that the data check keeps, so that a page with many questions is decoded once."""
+
+MAX_LINE_BYTES = 64 * 2**20
+"""Longest line of a data file, bytes. A line is one conversation; a longer one is another format's file, a JSON array
+on one line for instance, and would be held in memory whole."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -94,7 +98,8 @@ class ConversationDataset(Dataset[Sample]):
             ``leave_out``; ascending. They count neither in ``len`` nor in indices.
 
     Raises:
-        DataError: a file or the image folder is missing, or there is no sample at all.
+        DataError: a file or the image folder is missing, a line is over ``MAX_LINE_BYTES``, or there is no sample at
+            all.
     """
 
     def __init__(self, paths: Path | str | Sequence[Path | str], image_dir: Path | str | None = None) -> None:
@@ -152,6 +157,11 @@ class ConversationDataset(Dataset[Sample]):
             ) from error
         return parse_sample(text, where)
 
+    @property
+    def image_dirs(self) -> list[str]:
+        """Folders that images may lie in, absolute and with links followed, each once, in the order of the files."""
+        return list(dict.fromkeys(str(file.image_dir) for file in self._files))
+
     def leave_out(self, positions: Iterable[int]) -> None:
         """Leaves out the samples at these positions among all lines, and only those."""
         left_out = frozenset(positions)
@@ -170,12 +180,12 @@ class ConversationDataset(Dataset[Sample]):
             path = (folder / name).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a null byte
             raise sample_error(
-                sample.label, f"image path {name!r} leads nowhere ({error})", "Correct the path.", "missing image"
+                sample.label, f"image path {quoted(name)} leads nowhere ({error})", "Correct the path.", "missing image"
             ) from error
         if not path.is_relative_to(folder):
             raise sample_error(
                 sample.label,
-                f"image path {name!r} leads outside the image folder {folder}, to {path}",
+                f"image path {quoted(name)} leads outside the image folder {folder}, to {path}",
                 "Move or copy the image into that folder, or set image_dir to a folder that holds all images.",
                 "image outside the image folder",
             )
@@ -246,7 +256,9 @@ class ConversationDataset(Dataset[Sample]):
         try:
             return read(path)
         except UnusableImageError as error:
-            raise sample_error(sample.label, f"image {name!r} {error.found}", error.remedy, error.reason) from error
+            raise sample_error(
+                sample.label, f"image {quoted(name)} {error.found}", error.remedy, error.reason
+            ) from error
 
 
 @dataclass(slots=True)
@@ -423,7 +435,13 @@ def _index_file(path: Path, image_dir: Path | None) -> _JsonlFile:
     try:
         with path.open("rb") as file:
             stamp = _stamp(file.fileno())
-            for line in file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}:{len(offsets) + len(blanks) + 1}: the line is longer than {MAX_LINE_BYTES // 2**20} "
+                        "MiB, so this is no JSONL file. Write one JSON object a line, or convert the file "
+                        "(phi3v data convert)."
+                    )
                 digest.update(line)
                 if line.removeprefix(_BYTE_ORDER_MARK).strip():
                     offsets.append(offset)

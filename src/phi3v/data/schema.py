@@ -6,12 +6,14 @@ Nothing here needs torch, a tokenizer or an image: what a line says is settled b
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
 from ..errors import DataError
+from ..geometry import MAX_NUM_CROPS
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 """An image tag, ``<|image_1|>``; its group is the image's number, counted from 1 over the whole conversation."""
@@ -19,6 +21,12 @@ IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 _NEAR_TAG = re.compile(r"<\|\s*image[^|>\n]*\|>", re.IGNORECASE)
 _MAX_TAG_CHARS = 20  # a number that no conversation reaches, and short enough for int()
 _FORMAT_TOKENS = re.compile(r"<\|(?:user|assistant|system|end|endoftext)\|>")
+
+_MAX_SHOWN_CHARS = 80
+_MAX_LISTED = 20
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 4, 40, 40
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN_CHARS
 
 _SAMPLE_KEYS = ("id", "source", "system", "num_crops", "conversations")
 _TURN_KEYS = ("images", "user", "assistant", "answers", "labels")
@@ -98,6 +106,12 @@ def sample_error(where: str, found: str, remedy: str, reason: str) -> SampleErro
     return SampleError(f"{where}: {found}. {remedy}", reason)
 
 
+def quoted(value: Any) -> str:
+    """Returns a value as messages quote it: a line may hold megabytes, and lists as deep as Python can read."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[: _MAX_SHOWN_CHARS - 3] + "..."
+
+
 def parse_sample(line: str, where: str) -> Sample:
     """Reads one line of a JSONL file.
 
@@ -129,7 +143,7 @@ def parse_sample(line: str, where: str) -> Sample:
         ) from error
     except _RepeatedKeyError as error:
         raise sample_error(
-            where, f"the key {error.key!r} stands twice in one object", "Keep one of the two.", "broken JSON"
+            where, f"the key {quoted(error.key)} stands twice in one object", "Keep one of the two.", "broken JSON"
         ) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
         raise sample_error(
@@ -203,7 +217,7 @@ def render(sample: Sample, upto_turn: int | None = None) -> list[Segment]:
 
 
 def _label(where: str, sample_id: str) -> str:
-    return f"{where}: sample {sample_id!r}"
+    return f"{where}: sample {quoted(sample_id)}"
 
 
 class _RepeatedKeyError(ValueError):
@@ -272,7 +286,8 @@ def _labels(where: str, labels: Any, assistant: str) -> tuple[str, ...]:
     if assistant not in labels:
         raise sample_error(
             where,
-            f"the answer {assistant!r} is none of its labels {', '.join(map(repr, labels))}",
+            f"the answer {quoted(assistant)} is none of its labels {', '.join(map(quoted, labels[:_MAX_LISTED]))}"
+            + f" and {len(labels) - _MAX_LISTED} more" * (len(labels) > _MAX_LISTED),
             "Write the answer as one of the labels, letter by letter, or add it to them.",
             "answer outside the labels",
         )
@@ -295,7 +310,7 @@ def _in_text_order(where: str, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     if sorted(order) != list(range(1, len(images) + 1)):
         raise sample_error(
             where,
-            f"its image tags are numbered {order} and it lists {len(images)} image(s)",
+            f"its image tags are numbered {quoted(order)} and it lists {len(images)} image(s)",
             "Number tags from 1 over the whole conversation, each image once, or leave tags out of the text.",
             "wrong image tags",
         )
@@ -316,8 +331,8 @@ def _renumber_tags(text: str, first: int) -> str:
 def _num_crops(where: str, value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _type_error(where, "'num_crops'", value, "a whole number, 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NUM_CROPS:
+        raise _type_error(where, "'num_crops'", value, f"a whole number from 1 to {MAX_NUM_CROPS}")
     return value
 
 
@@ -377,13 +392,15 @@ def _check_keys(where: str, record: dict[str, Any], known: tuple[str, ...], owne
     for key in record:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key[:_MAX_SHOWN_CHARS], known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise sample_error(
-            where, f"{owner} has no key {key!r}", f"{hint}The keys of {owner} are {', '.join(known)}.", "unknown key"
+            where,
+            f"{owner} has no key {quoted(key)}",
+            f"{hint}The keys of {owner} are {', '.join(known)}.",
+            "unknown key",
         )
 
 
 def _type_error(where: str, name: str, value: Any, wanted: str) -> SampleError:
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return sample_error(where, f"{name} is {shown}", f"It must be {wanted}.", "wrong type")
+    return sample_error(where, f"{name} is {quoted(value)}", f"It must be {wanted}.", "wrong type")

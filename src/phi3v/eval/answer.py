@@ -1,6 +1,6 @@
 """A data set's questions answered by a model, those about the same images together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,6 +12,7 @@ from ..config import Metric, Scoring
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
 from ..data.schema import IMAGE_TAG, Sample
+from ..errors import StoppedError
 from ..model.processing_phi3_v import Phi3VProcessor
 from .classes import find_label
 from .engine import Answer, Engine
@@ -93,6 +94,7 @@ def answer_questions(
     dataset: ConversationDataset,
     settings: EvalSettings,
     share: Share = ALONE,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Prediction]:
     """Answers every turn of every sample; earlier turns stand in the prompt with their gold answers.
 
@@ -106,9 +108,13 @@ def answer_questions(
         dataset: samples that ``check_dataset`` and ``check_labels`` passed.
         settings: how to ask.
         share: of this process.
+        should_stop: asked before every batch: whether this process is to leave the rest unanswered.
 
     Returns:
         Predictions of all processes, in the order of the data set.
+
+    Raises:
+        StoppedError: in all processes, when one of them left questions unanswered.
     """
     encoder = SampleEncoder(processor)
     engine = Engine(
@@ -134,8 +140,12 @@ def answer_questions(
     groups = group_questions(list_questions(dataset, encoder, settings.limit), engine.most_questions)
     groups = share_of(groups, share.rank, share.num_ranks)
     answered: list[tuple[tuple[int, int], Prediction]] = []
+    is_stopped = [False]
     with tqdm(total=sum(map(len, groups)), desc="answering", unit="question", disable=not settings.progress) as bar:
         for batch in _that_have_room(engine, loader.load(groups)):
+            if should_stop():
+                is_stopped = [True]
+                break
             answers = engine.answer([group for loaded in batch for group in loaded.groups])
             for loaded in batch:
                 for question, sample, prompt in zip(loaded.questions, loaded.samples, loaded.prompts, strict=True):
@@ -146,7 +156,9 @@ def answer_questions(
                     )
                 bar.update(len(loaded.questions))
     if share.num_ranks > 1:
-        answered = gather_object(answered)
+        answered, is_stopped = gather_object(answered), gather_object(is_stopped)
+    if any(is_stopped):
+        raise StoppedError("the evaluation was stopped before all questions were answered")
     return [prediction for _, prediction in sorted(answered, key=lambda pair: pair[0])]
 
 

@@ -1,6 +1,7 @@
 """A model, a data set and a metric: a score with its interval, a report by class, and every prediction."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def evaluate_model(
     dataset: ConversationDataset,
     settings: EvalSettings,
     share: Share = ALONE,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Answers every question and scores the answers; arguments as in ``answer_questions``.
 
@@ -57,7 +59,7 @@ def evaluate_model(
     several processes each one gets the whole result.
     """
     started = time.monotonic()
-    predictions = answer_questions(model, processor, dataset, settings, share)
+    predictions = answer_questions(model, processor, dataset, settings, share, should_stop)
     score, values = score_predictions(
         settings.metric,
         [one.prediction for one in predictions],

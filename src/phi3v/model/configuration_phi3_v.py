@@ -1,5 +1,6 @@
 """Phi-3.5-vision's configuration: the published ``config.json``, read and written in its own layout."""
 
+import math
 from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
@@ -33,6 +34,16 @@ STOP_TOKEN_IDS = (32000, 32007)
 
 ROPE_MODES = ("auto", "short", "long")
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+
 
 class Phi3VConfig(Phi3Config):
     """Configuration of Phi-3-vision and Phi-3.5-vision.
@@ -52,8 +63,9 @@ class Phi3VConfig(Phi3Config):
             positions, long beyond), ``short`` and ``long`` fix them. Never written to ``config.json``.
 
     Raises:
-        ValueError: a patch grid that is not square and even, an unknown ``rope_mode``, or an ``embd_layer`` of another
-            arrangement than the published models'.
+        ValueError: a size below 1 or heads that do not divide it, a patch grid that is not square and even, an unknown
+            ``rope_mode``, position embeddings other than the published models' (LongRoPE, or plain RoPE), or an
+            ``embd_layer`` of another arrangement than theirs.
 
     Source: published config.json; the saved form is the published one (``rope_scaling`` of type ``su``,
     ``rope_theta`` and ``torch_dtype`` at the top level), so that the original code reads it.
@@ -80,8 +92,21 @@ class Phi3VConfig(Phi3Config):
         if self.eos_token_id in (None, PUBLISHED_WRONG_EOS):
             self.eos_token_id = list(STOP_TOKEN_IDS)
         if not isinstance(self.vision_config, CLIPVisionConfig):
+            # Others would be lost when the configuration is written; one of transformers' own names code to fetch.
+            if unknown := set(self.vision_config or {}) - {*VIT_L_14_336, "model_type"}:
+                raise ValueError(f"vision_config.{min(unknown)} is not supported; it holds {', '.join(VIT_L_14_336)}")
             self.vision_config = CLIPVisionConfig(**{**VIT_L_14_336, **(self.vision_config or {})})
         vision: Any = self.vision_config
+        for name, size in [(name, getattr(self, name)) for name in SIZES] + [
+            (f"vision_config.{name}", getattr(vision, name)) for name in VIT_L_14_336
+        ]:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}, must be a whole number, at least 1")
+        for name, sizes in (("", self), ("vision_config.", vision)):
+            if sizes.hidden_size % sizes.num_attention_heads:
+                raise ValueError(
+                    f"{name}hidden_size {sizes.hidden_size} is not a multiple of its {sizes.num_attention_heads} heads"
+                )
         patches_per_side, remainder = divmod(vision.image_size, vision.patch_size)
         if remainder or patches_per_side % 2:
             raise ValueError(
@@ -101,12 +126,41 @@ class Phi3VConfig(Phi3Config):
                 raise ValueError(f"embd_layer.{key} is {self.embd_layer[key]!r}; only {supported!r} is supported")
         rope_scaling = kwargs.pop("rope_scaling", None)
         if rope_scaling is not None:
+            if not isinstance(rope_scaling, dict):
+                raise ValueError(f"rope_scaling is {rope_scaling!r}, must be an object or null")
+            kind = rope_scaling.get("type", rope_scaling.get("rope_type", "default"))
+            if kind not in ("su", "longrope", "default"):
+                raise ValueError(f"rope_scaling.type is {kind!r}; only 'su' (LongRoPE) is supported")
             factors = {key: rope_scaling[key] for key in ("short_factor", "long_factor") if key in rope_scaling}
             self.rope_parameters = {"rope_type": "default"}
-            if factors:
+            if kind != "default" or factors:
                 ratio = self.max_position_embeddings / self.original_max_position_embeddings
                 self.rope_parameters = {"rope_type": "longrope", "factor": ratio, **factors}
         super().__post_init__(**kwargs)
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Refuses position embeddings that the model does not compute: it would leave out what it does not know."""
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        if rope.get("rope_type") not in ("default", "longrope"):
+            raise ValueError(f"rope_type is {rope.get('rope_type')!r}; only 'longrope' and 'default' are supported")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
+        if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
+            raise ValueError(
+                f"sliding_window is {self.sliding_window}, below max_position_embeddings "
+                f"({self.max_position_embeddings}); only attention to all positions is supported"
+            )
+        num_factors = self.hidden_size // self.num_attention_heads // 2
+        for key in ("short_factor", "long_factor"):
+            factors: Any = rope.get(key)
+            if rope["rope_type"] == "default" and factors is None:
+                continue
+            is_list = isinstance(factors, list | tuple) and len(factors) == num_factors
+            if not is_list or not all(isinstance(one, int | float) and 0 < one < math.inf for one in factors):
+                raise ValueError(
+                    f"rope_scaling.{key} must be {num_factors} positive numbers, half as many as a head is wide"
+                )
 
     @property
     def crop_px(self) -> int:

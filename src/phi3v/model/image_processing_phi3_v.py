@@ -14,13 +14,19 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.hub import cached_file
 
-from ..geometry import CROP_PX, TOKENS_PER_SIDE, HDLayout, hd_layout, num_image_tokens
+from ..geometry import CROP_PX, MAX_NUM_CROPS, TOKENS_PER_SIDE, HDLayout, hd_layout, num_image_tokens
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = 255
 GRAY_MODES = ("1", "L", "LA")
 """PIL's modes without colour: their RGB repeats one channel three times."""
+PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
+"""PIL's modes that it converts to no mode but these."""
+MAX_PIXEL_NUMBER = 1e3
+"""Largest mean or standard deviation of [0, 1] pixels that is taken for one; its inverse is the least deviation."""
+MAX_CROP_PX = 4096
+"""Largest crop edge that a folder may ask for, pixels; the published model's is 336."""
 PUBLISHED_CONSTANTS = ("auto_map", "do_convert_rgb", "image_processor_type", "processor_class")
 """Keys of the published file that are the same for every model of this family."""
 
@@ -45,7 +51,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         image_std: per-channel standard deviation of [0, 1] pixels.
 
     Raises:
-        ValueError: ``num_crops`` below 1, or ``num_img_tokens`` not a square.
+        ValueError: a number out of range or of another type, or ``num_img_tokens`` not a square.
 
     Source: published processor; geometry in ``phi3v.geometry.hd_layout``.
     """
@@ -66,8 +72,21 @@ class Phi3VImageProcessor(BaseImageProcessor):
         unknown = sorted(set(published) - set(PUBLISHED_CONSTANTS))
         if unknown:
             raise TypeError(f"Phi3VImageProcessor does not know {', '.join(unknown)}")
-        if num_crops < 1:
-            raise ValueError(f"num_crops is {num_crops}, must be at least 1")
+        for name, value, most in (
+            ("num_crops", num_crops, MAX_NUM_CROPS),
+            ("num_img_tokens", num_img_tokens, MAX_CROP_PX**2),
+            ("crop_px", crop_px, MAX_CROP_PX),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}, must be a whole number from 1 to {most}")
+        if num_crops * crop_px**2 > MAX_NUM_CROPS * CROP_PX**2:
+            raise ValueError(f"{num_crops} crops of {crop_px} px are more pixels than {MAX_NUM_CROPS} of {CROP_PX} px")
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            is_list = isinstance(values, list | tuple) and len(values) == 3
+            if not is_list or not all(isinstance(one, int | float) and abs(one) <= MAX_PIXEL_NUMBER for one in values):
+                raise ValueError(f"{name} is {str(values)[:80]}, must be three numbers of [0, 1] pixels")
+        if min(image_std) < 1 / MAX_PIXEL_NUMBER:
+            raise ValueError(f"image_std is {list(image_std)}, must be above 0")
         self.num_crops = num_crops
         self.num_img_tokens = num_img_tokens
         self.tokens_per_side = round(num_img_tokens**0.5)
@@ -207,6 +226,8 @@ def to_rgb_or_gray(image: Image.Image | np.ndarray) -> Image.Image:
     """
     size_of(image)
     pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if pil.mode in PREMULTIPLIED_MODES:
+        pil = pil.convert(PREMULTIPLIED_MODES[pil.mode])
     mode = "L" if pil.mode in GRAY_MODES else "RGB"
     return pil if pil.mode == mode else pil.convert(mode)
 

@@ -2,8 +2,8 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +77,15 @@ class ExampleGroup:
 
 
 def example_groups(
-    run: RunDirectory, config: Json, evals: Sequence[Json], notes: list[str]
+    run: RunDirectory, image_folders: Sequence[Path], evals: Sequence[Json], notes: list[str]
 ) -> tuple[list[ExampleGroup], str, int]:
     """Chooses the predictions to show: the result's or else the latest, beside those from before training.
+
+    Args:
+        run: whose predictions.
+        image_folders: as `image_folders` gives them; no image from elsewhere is shown.
+        evals: lines of ``eval.jsonl``.
+        notes: gets what could not be read.
 
     Returns:
         The groups, a sentence that says which predictions they are, and how many images could not be shown.
@@ -102,7 +108,7 @@ def example_groups(
         examples = []
         for last, first in members:
             answers = [_answer("Before", first)] if first is not None else []
-            examples.append(_example(last, (*answers, _answer(last_label, last)), config))
+            examples.append(_example(last, (*answers, _answer(last_label, last)), image_folders))
         missing += sum(1 for example in examples for thumbnail in example.thumbnails if thumbnail.problem)
         groups.append(ExampleGroup(title, total, tuple(examples)))
     beside = ", beside those from before training" if first_rows else ""
@@ -161,14 +167,14 @@ def _answer(label: str, row: Json) -> Answer:
     )
 
 
-def _example(row: Json, answers: tuple[Answer, ...], config: Json) -> Example:
+def _example(row: Json, answers: tuple[Answer, ...], folders: Sequence[Path]) -> Example:
     names = row.get("images")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     shown = names[:MOST_IMAGES_A_SAMPLE]
     longest_px = THUMBNAIL_PX if len(shown) == 1 else THUMBNAIL_PX // 2
     turn = to_whole(row.get("turn"))
     accepted = row.get("answers")
-    thumbnails = tuple(_thumbnail(name, _image_roots(row, config), longest_px) for name in shown)
+    thumbnails = tuple(_thumbnail(name, folders, longest_px) for name in shown)
     return Example(
         name=to_text(row.get("id")) + (f", turn {turn + 1}" if turn else ""),
         question=shortened(row.get("question")),
@@ -182,25 +188,44 @@ def _example(row: Json, answers: tuple[Answer, ...], config: Json) -> Example:
     )
 
 
-def _image_roots(row: Json, config: Json) -> list[Path]:
-    """The folders that relative image paths may be relative to, in the order in which the data reader tries them."""
-    for named in (row.get("image_dir"), config.get("image_dir")):
-        if isinstance(named, str) and named:
-            return [Path(named)]
-    data = config.get("eval_data") or config.get("data")
-    files = [data] if isinstance(data, str) else data if isinstance(data, list) else []
-    folders = [Path(file).parent for file in files if isinstance(file, str)]
-    return [root for folder in folders for root in (folder / "images", folder)]
+def image_folders(config: Json, data: Json) -> list[Path]:
+    """Returns the folders that a run's images lie in, links followed; a prediction's image lies in one of them or is
+    not shown.
+
+    Args:
+        config: the run's ``config.yaml``; its ``image_dir``, or the folders of its data, in the order in which the data
+            reader tries them. They may be relative to a folder in which the report is not made.
+        data: the run's ``data.json``; its ``image_dirs`` are the folders that were used.
+    """
+    named = config.get("image_dir")
+    if isinstance(named, str) and named:
+        folders = [named]
+    else:
+        files = config.get("eval_data") or config.get("data")
+        files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+        parents = [Path(file).parent for file in files if isinstance(file, str)]
+        folders = [str(folder) for parent in parents for folder in (parent / "images", parent)]
+    for split in data.values():
+        used = split.get("image_dirs") if isinstance(split, Mapping) else None
+        folders += [folder for folder in used if isinstance(folder, str)] if isinstance(used, list) else []
+    resolved = []
+    for folder in dict.fromkeys(folders):
+        with suppress(OSError, RuntimeError, ValueError):  # a link to itself, a null byte
+            resolved.append(Path(folder).resolve())
+    return resolved
 
 
-def _thumbnail(name: str, roots: Sequence[Path], longest_px: int) -> Thumbnail:
+def _thumbnail(name: str, folders: Sequence[Path], longest_px: int) -> Thumbnail:
     """Reads, scales and encodes one image. It is encoded anew, so its file's metadata does not travel along."""
     alt = Path(name).name or name
     if "\0" in name or "://" in name or name.startswith(("//", "\\\\")):
         return Thumbnail(alt, None, 0, 0, False, "its path is not one of this machine")
-    path = _find_image(name, roots)
-    if path is None:
+    paths = [path for folder in folders if _is_file(path := folder / name)]
+    if not paths:
         return Thumbnail(alt, None, 0, 0, False, "the file is not there")
+    path = next((path for path in map(Path.resolve, paths) if any(map(path.is_relative_to, folders))), None)
+    if path is None:
+        return Thumbnail(alt, None, 0, 0, False, "the file is outside the run's image folders")
     try:
         image = read_image(path)
     except UnusableImageError as error:
@@ -208,16 +233,6 @@ def _thumbnail(name: str, roots: Sequence[Path], longest_px: int) -> Thumbnail:
     except OSError:
         return Thumbnail(alt, None, 0, 0, False, "the file cannot be read")
     return _encode_thumbnail(alt, image, longest_px)
-
-
-def _find_image(name: str, roots: Sequence[Path]) -> Path | None:
-    if Path(name).is_absolute():
-        candidates = [Path(name)]
-    elif Path(os.path.normpath(name)).parts[:1] == (os.pardir,):
-        candidates = []
-    else:
-        candidates = [root / name for root in roots]
-    return next((path for path in candidates if _is_file(path)), None)
 
 
 def _is_file(path: Path) -> bool:

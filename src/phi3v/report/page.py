@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import jinja2
 
+from phi3v.credentials import plain_without_secrets, without_secrets
 from phi3v.report import charts
 from phi3v.report.classes import class_section
-from phi3v.report.examples import RIGHT_FROM, example_groups
+from phi3v.report.examples import RIGHT_FROM, example_groups, image_folders
 from phi3v.report.values import (
     Json,
     by_step,
@@ -65,6 +66,9 @@ METRIC_NAMES = {
     "relaxed_accuracy": "relaxed accuracy",
     "f1": "F1",
 }
+
+MOST_SPIKES = 20
+"""Spikes that the report lists; spikes.jsonl has all."""
 
 Moment = Literal["before", "after"]
 
@@ -147,10 +151,14 @@ def write_report(run_dir: Path | str) -> Path:
 def _view(run: RunDirectory) -> dict[str, Any]:
     """Gathers all that the template shows."""
     notes: list[str] = []
-    config, config_text = read_or_note(run.config, notes) or {}, read_or_note(run.config_text, notes)
-    environment, best = read_or_note(run.environment, notes) or {}, read_or_note(run.best, notes) or {}
+    # A run writes no secrets down; a configuration that was changed by hand may hold some.
+    config = plain_without_secrets(read_or_note(run.config, notes) or {})
+    config_text = without_secrets(read_or_note(run.config_text, notes) or "")
+    environment = read_or_note(run.environment, notes) or {}
+    best = read_or_note(run.best, notes) or {}
     steps = by_step(read_or_note(run.steps, notes) or [])
     evals = read_or_note(run.evals, notes) or []
+    spikes = by_step(read_or_note(run.spikes, notes) or [])
     audit = read_or_note(run.audit, notes) or {}
     data = read_or_note(run.data, notes) or {}
     before = read_or_note(lambda: _evaluation(run, evals, "before"), notes)
@@ -158,7 +166,7 @@ def _view(run: RunDirectory) -> dict[str, Any]:
     headlines = _headlines(before, after, evals)
     parts = _part_rows(audit)
     has_model = (run.model_dir / "config.json").exists() or (run.model_dir / "adapter_config.json").exists()
-    groups, samples_source, missing_images = example_groups(run, config, evals, notes)
+    groups, samples_source, missing_images = example_groups(run, image_folders(config, data), evals, notes)
     drawn = _charts(steps, evals)
     return {
         "name": run.path.resolve().name,
@@ -169,10 +177,12 @@ def _view(run: RunDirectory) -> dict[str, Any]:
         "difference": _difference(headlines),
         "interval_names": _interval_names(headlines),
         "summary": _summary(steps, audit),
-        "notes": notes + _notes(steps, after, parts, data, missing_images),
+        "notes": [without_secrets(note) for note in notes + _notes(steps, after, parts, data, missing_images)],
         "charts": drawn,
         "chart_notes": [note for note in dict.fromkeys(chart.note for chart in drawn) if note],
         "eval_rows": _eval_rows(evals),
+        "spike_rows": _spike_rows(spikes),
+        "spikes_left_out": max(0, len(spikes) - MOST_SPIKES),
         "classes": class_section(after or _newest(evals) or before),
         "groups": groups,
         "samples_source": samples_source,
@@ -371,6 +381,26 @@ def _eval_rows(evals: Sequence[Json]) -> list[dict[str, str]]:
     return rows
 
 
+def _spike_rows(spikes: Sequence[Json]) -> list[dict[str, str]]:
+    """The first spikes: what was found, what was expected, and whose it is."""
+
+    def found(line: Json, key: str) -> str:
+        value, limit = to_number(line.get(key)), to_number(line.get(f"{key}_limit"))
+        text = "" if value is None else f"{value:.4g}"
+        return text if limit is None else f"{text} (expected up to {limit:.4g})"
+
+    return [
+        {
+            "step": f"{line['step']:,}",
+            "loss": found(line, "loss"),
+            "grad_norm": found(line, "grad_norm"),
+            "learning_rate": "" if (rate := to_number(line.get("learning_rate"))) is None else f"{rate:.3g}",
+            "samples": shortened(to_text(line.get("worst_samples"))),
+        }
+        for line in spikes[:MOST_SPIKES]
+    ]
+
+
 def _part_rows(audit: Json) -> list[PartRow]:
     parts = audit.get("parts")
     if isinstance(parts, Mapping):
@@ -415,7 +445,7 @@ def _data_block(split: str, summary: Json) -> DataBlock:
     return DataBlock(
         split,
         [Fact(humanised(key), quantity(key, value)) for key, value in summary.items() if key != "problems"],
-        [shortened(problem) for problem in problems] if isinstance(problems, list) else [],
+        [without_secrets(shortened(problem)) for problem in problems] if isinstance(problems, list) else [],
     )
 
 
@@ -428,7 +458,7 @@ def _environment_facts(environment: Json) -> list[Fact]:
             facts += [Fact(str(package), to_text(version)) for package, version in value.items()]
         else:
             facts.append(Fact(humanised(key), quantity(key, value)))
-    return facts
+    return [Fact(without_secrets(fact.name), without_secrets(fact.value)) for fact in facts]
 
 
 def _checkpoint_rows(run: RunDirectory, best: Json) -> list[CheckpointRow]:

@@ -16,8 +16,10 @@ from phi3v.data.collate import PackCollator, PackSample
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import MicroBatch, Packing, SampleCosts, plan_window
+from phi3v.data.processes import leave_signals_to_parent
 from phi3v.data.schema import Sample
 from phi3v.model.packed import PackedBatch
+from phi3v.train.faults import DeadWorkerError
 from phi3v.train.feature_cache import FeatureCache
 from phi3v.train.order import EpochOrder
 
@@ -193,12 +195,22 @@ class WindowReader:
         Args:
             step: 0-based; steps in order are read ahead, any other starts anew.
             num_steps: steps of the run, beyond which nothing is read.
+
+        Raises:
+            DeadWorkerError: a worker died; torch raises a RuntimeError of its own, at any place, if it sees it first.
         """
         if self._micro_batches is None or step != self._next_step:
             self._micro_batches = iter(self._loader(range(step, num_steps)))
         self._next_step = step + 1
         for _ in self._windows.plan(step).micro_batches:
-            yield next(self._micro_batches)
+            try:
+                micro_batch = next(self._micro_batches)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if not self._num_workers:
+                    raise
+                # Tensors are fetched from the worker that made them; torch does not always notice its death before.
+                raise DeadWorkerError(str(error)) from error
+            yield micro_batch
 
     def close(self) -> None:
         """Ends the workers."""
@@ -211,6 +223,7 @@ class WindowReader:
             sampler=(batch for step in steps for batch in self._windows.plan(step).micro_batches),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=leave_signals_to_parent,
             # The workers' seeds come from a generator of its own, so that a start leaves the global state as it is.
             generator=torch.Generator(),
         )

@@ -115,7 +115,11 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         evaluation,
         encoder,
         SampleCosts.from_bytes(costs),
-        {name: dict(split["summary"]) for name, split in found.items()},
+        {
+            name: {**split["summary"], "image_dirs": dataset.image_dirs}
+            for (name, split), dataset in zip(found.items(), (train, evaluation), strict=False)
+            if dataset is not None
+        },
     )
 
 

@@ -13,6 +13,7 @@ DECIDES = frozenset(
     {
         "model", "image_dir", "num_crops", "max_length", "on_overlong", "on_bad_sample", "rope_mode", "precision",
         "seed", "method", "freeze", "part_learning_rates", "lora_rank", "lora_alpha", "lora_dropout", "lora_parts",
+        "use_rslora", "use_dora", "four_bit_parts",
         "learning_rate", "batch_size", "num_train_epochs", "max_steps", "lr_scheduler", "warmup_steps", "weight_decay",
         "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loss_weighting",
         "sampling", "shared_questions", "fp8", "eval_metric", "eval_scoring", "eval_labels", "eval_limit",
@@ -24,6 +25,7 @@ DECIDES = frozenset(
 ROUNDS = frozenset(
     {
         "micro_batch_tokens", "micro_batch_crops", "micro_batch_size", "checkpointing", "attention", "device",
+        "parallel", "cpu_offload",
     }
 )  # fmt: skip
 """Fields that change the order of floating-point operations only: a resume may change them, and says so."""
@@ -32,7 +34,7 @@ FREE = frozenset(
     {
         "output_dir", "train_data", "eval_data", "check_images", "num_workers", "save_steps", "keep_checkpoints",
         "keep_best", "resume", "eval_before", "eval_steps", "eval_batch_size", "early_stopping_patience",
-        "logging_steps", "report_to", "progress", "vision_cache",
+        "logging_steps", "report_to", "progress", "vision_cache", "on_loss_spike",
     }
 )  # fmt: skip
 """Fields that a resume may change. Of the data, the content decides and not the path: see the fingerprints."""
@@ -62,6 +64,7 @@ def identify(
     values["model"] = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     values["image_dir"] = None if config.image_dir is None else str(config.image_dir.resolve())
     values["freeze"] = sorted(config.freeze)
+    values["four_bit_parts"] = sorted(config.four_bit_parts)
     return {
         "decides": {
             **{name: values[name] for name in sorted(DECIDES)},

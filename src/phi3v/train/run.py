@@ -1,9 +1,14 @@
 """The assembly of a training run: from a configuration to ``RUN/model``, in stages, each of which may be killed."""
 
 import logging
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,25 +22,26 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from phi3v.config import TrainConfig
+from phi3v.credentials import without_secrets
 from phi3v.data.collate import PackCollator
 from phi3v.data.packing import Budget, MicroBatch, Packing, SampleCosts, load_of
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, StoppedError
 from phi3v.model.checkpoint import (
     base_of,
     dtype_of_folder,
     is_adapter,
+    load_config,
     load_four_bit_model,
     load_model,
     load_processor,
     save_model,
 )
 from phi3v.model.compute import Compute
-from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.four_bit import require_four_bit
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.model.packed_attention import row_alignment
-from phi3v.model.placement import resolve_device
+from phi3v.model.placement import DTYPE_NAMES, resolve_device
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment, write_json
@@ -43,28 +49,41 @@ from phi3v.train.activations import ActivationPolicy, DataLoad, choose_activatio
 from phi3v.train.audit import audit
 from phi3v.train.batches import TrainingSamples, WindowReader, Windows
 from phi3v.train.callbacks import (
+    SCORE_KEY,
+    Best,
+    Culprits,
     KeepBest,
+    LateScore,
     LogAtMilestones,
     NonFiniteGuard,
     ProgressLine,
     RunLog,
     SpeedMeter,
+    SpikeAlarm,
+    StepReading,
+    StopWhenAsked,
     best_of,
+    in_short,
 )
 from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import CheckedData, Sharing, check_data, choose_sharing
+from phi3v.train.engines.choose import is_sharded, open_engine, require_engine
+from phi3v.train.engines.engine import Engine
 from phi3v.train.evaluation import Scorer
+from phi3v.train.faults import explained
 from phi3v.train.feature_cache import FeatureCache, open_cache, require_frozen, require_room
 from phi3v.train.identity import identify
 from phi3v.train.order import EpochOrder, epoch_order
 from phi3v.train.rehearsal import rehearse_saving, require_disk_space
 from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
+from phi3v.train.state import gather
+from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer
+from phi3v.train.tripwire import Tripwire
 from phi3v.train.tuning import (
     IMAGE_PARTS,
     Precision,
     choose_precision,
-    parameter_groups,
     select_trainable,
     wrap_lora,
 )
@@ -79,9 +98,6 @@ PROCESSES_WAIT_S = 4 * 3600
 
 CHECK_FILE = "data-check.json"
 """What the data check found, beside the checkpoints."""
-
-SAMPLES_NAMED = 8
-"""Sample ids that a message names."""
 
 
 class Room(NamedTuple):
@@ -121,7 +137,8 @@ def run_training(config: TrainConfig) -> Path:
         DataError: bad samples, before the model is loaded.
         CapacityError: too little disk space for what the run will keep.
         CheckpointError: no model at that path, or a directory that belongs to another run.
-        Phi3VError: a loss that is not finite.
+        StoppedError: a signal asked the run to stop, which it did, after saving.
+        Phi3VError: a loss that is not finite, or a process that died.
     """
     device = resolve_device(config.device)
     precision = choose_precision(config, device)
@@ -130,6 +147,7 @@ def run_training(config: TrainConfig) -> Path:
         require_four_bit(args.device)
     if config.vision_cache is not None:
         require_frozen(config.trained_parts)
+    require_engine(config, precision, args.device)
     show_messages(is_writer=args.process_index == 0)
     run = RunDirectory(config.output_dir)
     store = CheckpointStore(run.checkpoints_dir, config.keep_checkpoints)
@@ -139,7 +157,7 @@ def run_training(config: TrainConfig) -> Path:
         refuse_adapter(config)
         processor = load_processor(config.model, num_crops=config.num_crops)
         data = check_data(config, processor, store.root / CHECK_FILE, args)
-        model_config = Phi3VConfig.from_pretrained(config.model)
+        model_config = load_config(config.model)
         short_positions = model_config.original_max_position_embeddings
         sharing = choose_sharing(config, data, short_positions)
         order = epoch_order(
@@ -175,20 +193,21 @@ def run_training(config: TrainConfig) -> Path:
             return run.path
         model = build_model(config, precision, args.device, compute_of(room))
         cache = open_feature_cache(room, model)
-        scorer = build_scorer(room, model)
-        if start.result_step is None:
-            prepare(room, model, scorer, start)
-            result_step = train(room, model, scorer, start, cache)
-            is_rounded = round_to_base(model, config)
-            save_result(room, model, result_step)
-        else:
-            result_step = start.result_step
-            is_rounded = round_to_base(model, config)
-            restore_weights(model, run.model_dir)
-        if scorer is not None:
-            scorer.score(result_step, "after", may_reuse=not is_rounded)
-        if room.is_writer:
-            write_report(run.path)
+        with Stop(speaks=room.is_writer) as stop, explained(store.describe_newest):
+            scorer = build_scorer(room, stop)
+            if start.result_step is None:
+                prepare(room, model, scorer, start)
+                model, result_step = train(room, model, scorer, start, stop, cache)
+                is_rounded = round_to_base(model, config)
+                save_result(room, model, result_step)
+            else:
+                result_step = start.result_step
+                is_rounded = round_to_base(model, config)
+                restore_weights(model, run.model_dir)
+            if scorer is not None:
+                scorer.score(model, result_step, "after", may_reuse=not is_rounded)
+            if room.is_writer:
+                write_report(run.path)
     return run.path
 
 
@@ -200,6 +219,9 @@ def training_arguments(config: TrainConfig, device: str, precision: Precision) -
     """
     if "wandb" in config.report_to and find_spec("wandb") is None:
         raise ConfigError("report_to names wandb, which is not installed; pip install phi3v[wandb], or take it out")
+    if device == "cpu":
+        # accelerate imports DeepSpeed where it is installed, and DeepSpeed would say aloud that it looks for GPUs.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     args = TrainingArguments(
         output_dir=str(RunDirectory(config.output_dir).checkpoints_dir),
         per_device_train_batch_size=1,  # a batch of Trainer's is a window; see Phi3VTrainer
@@ -275,7 +297,9 @@ def compute_of(room: Room) -> Compute:
     return Compute(
         checkpointing=room.policy.checkpointing,
         fp8=room.config.fp8,
-        accumulates_in_place=room.args.world_size == 1,  # DDP averages gradients in hooks
+        # Engines that have others to share with do so in gradients' hooks.
+        accumulates_in_place=room.args.world_size == 1 and room.config.parallel == "ddp",
+        is_sharded=is_sharded(room.config),
     )
 
 
@@ -283,7 +307,7 @@ def build_model(
     config: TrainConfig, precision: Precision, device: torch.device, compute: Compute | None = None
 ) -> Model:
     """Loads the model and makes trainable what the run trains."""
-    load = load_four_bit_model if config.method == "qlora" else load_model
+    load = partial(load_four_bit_model, parts=config.four_bit_parts) if config.method == "qlora" else load_model
     model = load(
         config.model, dtype=precision.weights, attention=config.attention, rope_mode=config.rope_mode, device=device
     )
@@ -311,18 +335,18 @@ def open_feature_cache(room: Room, model: Model) -> FeatureCache | None:
     return cache
 
 
-def build_scorer(room: Room, model: Model) -> Scorer | None:
+def build_scorer(room: Room, stop: Stop) -> Scorer | None:
     """Returns what takes the run's scores; None without evaluation data."""
     if room.data.eval is None:
         return None
     return Scorer(
-        model,
         room.processor,
         room.data.eval,
         config=room.config,
         precision=room.precision,
         args=room.args,
         run=room.run,
+        stop=stop,
     )
 
 
@@ -338,7 +362,7 @@ def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> No
         if start.checkpoint is None:
             rehearse_saving(model, room.processor, room.store)
     if scorer is not None and room.config.eval_before:
-        scorer.score(0, "before")
+        scorer.score(model, 0, "before")
 
 
 def audit_batch(room: Room) -> PackedBatch:
@@ -350,28 +374,85 @@ def audit_batch(room: Room) -> PackedBatch:
     return training_samples(room)[MicroBatch(((index,),), load_of(costs, (index,)))]
 
 
-def train(room: Room, model: Model, scorer: Scorer | None, start: Start, cache: FeatureCache | None = None) -> int:
-    """Runs the optimizer steps that are left and puts the weights to keep into the model; returns their step."""
-    trainer = build_trainer(room, model, scorer, start, cache)
-    if start.is_training_over(room.config):
+def train(
+    room: Room, model: Model, scorer: Scorer | None, start: Start, stop: Stop, cache: FeatureCache | None = None
+) -> tuple[Model, int]:
+    """Runs the optimizer steps that are left; returns a model with the weights to keep, and their step.
+
+    Raises:
+        StoppedError: the run was asked to stop; the last step's checkpoint is there.
+    """
+    late_score = take_late_score(room, model, scorer, start)
+    if start.is_training_over(room.config, late_score):
         assert start.checkpoint is not None
         restore_weights(model, start.checkpoint.folder)
-        last_step, history = start.checkpoint.step, start.checkpoint.trainer_state()["log_history"]
+        last_step, history = start.checkpoint.step, start.log_history(late_score)
     else:
+        trainer = build_trainer(room, model, scorer, start, stop, cache)
+        if late_score is not None:
+            trainer.add_callback(LateScore(trainer, {SCORE_KEY: late_score}))
         # Whatever ran before, training starts from the same random state; a resumed run replaces it.
         set_seed(room.config.seed + room.args.process_index)
         trainer.train(resume_from_checkpoint=str(start.checkpoint.folder) if start.checkpoint else None)
         last_step, history = trainer.state.global_step, trainer.state.log_history
+        if stop.is_agreed:
+            raise StoppedError(f"the run was asked to stop, and did after step {last_step}")
+        if room.config.parallel != "ddp":
+            # What is trained lies in the engine's masters, shared out.
+            model = whole_model(room, trainer.engine, room.precision)
+            trainer.engine.close()
     best = best_of(history) if keeps_best(room.config) else None
     if best is None or best.step == last_step:
-        return last_step
+        return model, last_step
     logger.info("The result is step %d, whose score was the best: %.4f.", best.step, best.score)
     restore_weights(model, room.store.folder(best.step))
-    return best.step
+    return model, best.step
+
+
+def take_late_score(room: Room, model: Model, scorer: Scorer | None, start: Start) -> float | None:
+    """Takes the score of the checkpoint's step if a stop came before it; None when none is lacking."""
+    if scorer is None or start.checkpoint is None or not start.lacks_score(room.config):
+        return None
+    restore_weights(model, start.checkpoint.folder)
+    score = scorer.score(model, start.checkpoint.step, "during")
+    note_best(room, start.log_history(score))
+    return score
+
+
+def whole_model(room: Room, engine: Engine, precision: Precision) -> Model:
+    """Returns a model that holds an engine's trained weights, whole, in ``precision``; all processes must ask."""
+    model = build_model(room.config, precision, room.args.device)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weights in engine.masters():
+            own[name].copy_(weights)
+    return model
+
+
+def score_during(room: Room, trainer: Phi3VTrainer, model: Model, scorer: Scorer, step: int) -> dict[str, float]:
+    """Takes a mid-run score, of a copy where the model itself lies in parts; returns what Trainer logs."""
+    if trainer.engine.is_whole:
+        return scorer.score_during(model, step)
+    logger.info("Putting a whole model together for the score of step %d ...", step)
+    in_16_bit = replace(room.precision, weights=DTYPE_NAMES[room.precision.name])
+    return scorer.score_during(whole_model(room, trainer.engine, in_16_bit), step)
+
+
+def save_checkpoint_model(room: Room, trainer: Phi3VTrainer, model: Model, folder: Path) -> None:
+    """Writes a checkpoint's model folder; all processes take part, the first one writes."""
+    if room.config.parallel == "ddp":
+        if room.is_writer:
+            save_model(model, room.processor, folder)
+        return
+    engine = trainer.engine
+    weights = engine.masters() if room.config.trains_adapters else chain(engine.masters(), engine.frozen())
+    state = gather(weights, keeps=room.is_writer)
+    if room.is_writer:
+        save_model(model, room.processor, folder, state=state)
 
 
 def build_trainer(
-    room: Room, model: Model, scorer: Scorer | None, start: Start, cache: FeatureCache | None = None
+    room: Room, model: Model, scorer: Scorer | None, start: Start, stop: Stop, cache: FeatureCache | None = None
 ) -> Phi3VTrainer:
     """Puts the trainer together, with its optimizer and callbacks."""
     config, args, store = room.config, room.args, room.store
@@ -390,13 +471,11 @@ def build_trainer(
     reader = WindowReader(
         windows, training_samples(room, cache), num_workers=config.num_workers, pin_memory=args.device.type == "cuda"
     )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=args.device.type == "cuda",
-    )
+
+    def evaluate_now(step: int) -> dict[str, float]:
+        assert scorer is not None
+        return score_during(room, trainer, model, scorer, step)
+
     trainer = Phi3VTrainer(
         model,
         args,
@@ -404,21 +483,53 @@ def build_trainer(
         reader=reader,
         cache=cache,
         loss_weighting=config.loss_weighting,
-        optimizer=optimizer,
-        save_folder=lambda folder: save_model(model, room.processor, folder),
+        make_engine=partial(open_engine, config, room.precision),
+        save_folder=lambda folder: save_checkpoint_model(room, trainer, model, folder),
         commit_checkpoint=lambda step: commit_checkpoint(room, step),
         staging=store.staging,
-        evaluate_now=scorer.score_during if scorer is not None and config.eval_steps is not None else None,
+        evaluate_now=evaluate_now if scorer is not None and config.eval_steps is not None else None,
         callbacks=[LogAtMilestones(), KeepBest(keeps_best(config), config.early_stopping_patience)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(NonFiniteGuard(trainer, lambda step: name_samples(room, windows, step), store.describe_newest))
+    add_guards(trainer, room, start, stop)
     meter = SpeedMeter(trainer, earlier_s=seconds_trained(room.run))
     trainer.measure_speed = meter.read
     trainer.add_callback(meter)
     if room.is_writer:
         add_reporters(trainer, room, start)
     return trainer
+
+
+def add_guards(trainer: Phi3VTrainer, room: Room, start: Start, stop: Stop) -> None:
+    """Adds what looks at every step before it is taken, and what ends training because a signal asks for it."""
+
+    def sample_id(index: int) -> str:
+        return room.data.train[index].id
+
+    def sample_ids(step: int) -> list[str]:
+        return [sample_id(index) for index in trainer.windows.window(step)]
+
+    assert trainer.model is not None
+    last_checkpoint = room.store.describe_newest
+    reading = StepReading(trainer, stop)
+    culprits = Culprits(trainer, trainer.model, sample_id)
+    guards = [
+        reading,
+        NonFiniteGuard(reading, lambda step: in_short(sample_ids(step)), last_checkpoint),
+        culprits,
+        SpikeAlarm(
+            reading,
+            Tripwire(start.log_history()),
+            culprits,
+            sample_ids=sample_ids,
+            record=room.run.append_spike if room.is_writer else None,
+            stops=room.config.on_loss_spike == "stop",
+            last_checkpoint=last_checkpoint,
+        ),
+        StopWhenAsked(stop),
+    ]
+    for guard in guards:
+        trainer.add_callback(guard)
 
 
 def add_reporters(trainer: Phi3VTrainer, room: Room, start: Start) -> None:
@@ -448,10 +559,16 @@ def training_samples(room: Room, cache: FeatureCache | None = None) -> TrainingS
 def commit_checkpoint(room: Room, step: int) -> None:
     """Completes a checkpoint, notes the best one, and only then deletes what is no longer kept."""
     checkpoint = room.store.commit(step, room.identity)
-    best = best_of(checkpoint.trainer_state()["log_history"]) if keeps_best(room.config) else None
-    if best is not None:
-        room.run.write_best({"step": best.step, "score": best.score, "metric": room.config.eval_metric})
+    best = note_best(room, checkpoint.trainer_state()["log_history"])
     room.store.prune(protect=() if best is None else (best.step,))
+
+
+def note_best(room: Room, log_history: Sequence[Mapping[str, Any]]) -> Best | None:
+    """Writes ``best.json``, on the writing process; returns the best score if the run keeps it."""
+    best = best_of(log_history) if keeps_best(room.config) else None
+    if best is not None and room.is_writer:
+        room.run.write_best({"step": best.step, "score": best.score, "metric": room.config.eval_metric})
+    return best
 
 
 def keeps_best(config: TrainConfig) -> bool:
@@ -478,13 +595,6 @@ def save_result(room: Room, model: Model, step: int) -> None:
         write_json(room.store.root / RESULT_FILE, {"step": step})
         save_model(model, room.processor, room.run.model_dir)
         logger.info("Step %d is saved in %s.", step, room.run.model_dir)
-
-
-def name_samples(room: Room, windows: Windows, step: int) -> str:
-    """Names the samples of an optimizer step (0-based)."""
-    ids = [room.data.train[index].id for index in windows.window(step)]
-    more = len(ids) - SAMPLES_NAMED
-    return ", ".join(ids[:SAMPLES_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def seconds_trained(run: RunDirectory) -> float:
@@ -514,4 +624,4 @@ def show_messages(is_writer: bool) -> None:
 
 class _BarHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)

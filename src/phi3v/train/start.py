@@ -12,7 +12,7 @@ from typing import Any
 from phi3v.config import TrainConfig
 from phi3v.errors import CheckpointError
 from phi3v.runlog import RunDirectory, write_json
-from phi3v.train.callbacks import is_out_of_patience
+from phi3v.train.callbacks import SCORE_KEY, is_out_of_patience, scores_in
 from phi3v.train.checkpoints import Checkpoint, CheckpointStore
 from phi3v.train.identity import require_same_run
 
@@ -41,14 +41,32 @@ class Start:
         """Whether nothing is left to do."""
         return self.result_step is not None and self.is_scored
 
-    def is_training_over(self, config: TrainConfig) -> bool:
-        """Whether the checkpoint is the last that training would take: steps or patience are used up."""
+    def is_training_over(self, config: TrainConfig, late_score: float | None = None) -> bool:
+        """Whether the checkpoint is the last that training would take: steps or patience are used up.
+
+        Args:
+            config: of the run.
+            late_score: of the checkpoint's step, if it was taken only now.
+        """
         if self.checkpoint is None:
             return False
         state = self.checkpoint.trainer_state()
         if state["global_step"] >= state["max_steps"]:
             return True
-        return is_out_of_patience(state["log_history"], config.early_stopping_patience)
+        return is_out_of_patience(self.log_history(late_score), config.early_stopping_patience)
+
+    def log_history(self, late_score: float | None = None) -> list[dict[str, Any]]:
+        """Returns the checkpoint's log history, with a late score at its end; empty without a checkpoint."""
+        if self.checkpoint is None:
+            return []
+        history = self.checkpoint.trainer_state()["log_history"]
+        return history if late_score is None else [*history, {"step": self.checkpoint.step, SCORE_KEY: late_score}]
+
+    def lacks_score(self, config: TrainConfig) -> bool:
+        """Whether a score was due at the checkpoint's step and not taken: the run was asked to stop."""
+        if self.checkpoint is None or config.eval_steps is None or self.checkpoint.step % config.eval_steps:
+            return False
+        return all(best.step != self.checkpoint.step for best in scores_in(self.log_history()))
 
 
 @contextmanager

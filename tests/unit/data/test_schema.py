@@ -145,7 +145,7 @@ BAD_LINES = {
     "special token in a label": (line(QA | {"labels": ["a", "b<|end|>"]}), "special token in the text", "Take it out"),
     "an answer that is no label": (line(QA | {"labels": ["x", "y"]}), "answer outside the labels", "letter by letter"),
     "image not in a list": (line(QA | {"images": "a.png"}), "wrong type", "a list of paths"),
-    "no crops": (line(QA, num_crops=0), "wrong type", "1 or more"),
+    "no crops": (line(QA, num_crops=0), "wrong type", "from 1 to 1024"),
     "crops as bool": (line(QA, num_crops=True), "wrong type", "a whole number"),
     "half a character": (line({"user": "\ud800", "assistant": "a"}), "broken text", "the whole character"),
     "tag without image": (line({"user": "<|image_1|> q", "assistant": "a"}), "wrong image tags", "Number tags from 1"),

@@ -94,7 +94,7 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path, tiny_dir: Path) -> No
                 assert value.startswith("data:"), (tag, name, value)
     assert not re.search(r"url\(|@import|//", page.source[page.source.index("<style>") : page.source.index("</style>")])
     (policy,) = [tag["content"] for _, tag in page.tags if tag.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     for text in HOSTILE:
         assert " ".join(text.split()) in page.text
     assert "{{ 7 * 7 }}" in page.text

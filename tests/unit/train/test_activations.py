@@ -183,7 +183,12 @@ def test_a_gpu_offers_what_is_free_and_what_this_process_holds(monkeypatch: pyte
         ({}, FULL),
         ({"method": "frozen_vision"}, replace(FULL, trained_parts=PARTS[2:])),
         ({"method": "lora", "lora_rank": 64}, LORA),
-        ({"method": "qlora", "lora_rank": 8}, replace(LORA, adapter_rank=8, is_four_bit=True)),
+        ({"method": "lora", "lora_rank": 64, "use_dora": True}, replace(LORA, has_magnitudes=True)),
+        (
+            {"method": "qlora", "lora_rank": 8, "four_bit_parts": ["vision", "decoder"]},
+            replace(LORA, adapter_rank=8, four_bit_parts=("vision", "decoder")),
+        ),
+        ({"method": "qlora", "lora_rank": 8}, replace(LORA, adapter_rank=8, four_bit_parts=("decoder",))),
         ({"freeze": ["decoder"]}, replace(FULL, trained_parts=("vision", "projector", "embeddings", "head"))),
     ],
 )

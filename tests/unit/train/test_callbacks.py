@@ -12,9 +12,12 @@ from phi3v.train.callbacks import (
     KeepBest,
     LogAtMilestones,
     NonFiniteGuard,
+    StepReading,
+    StopWhenAsked,
     best_of,
     is_out_of_patience,
 )
+from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer, Window
 
 
@@ -69,21 +72,32 @@ def test_milestones_are_logged(milestone: str) -> None:
     assert not quiet.should_log
 
 
+def test_a_step_that_all_agreed_to_stop_after_is_saved_and_its_score_left_to_the_resumed_run() -> None:
+    stop = Stop()
+    control = TrainerControl(should_evaluate=True)
+    StopWhenAsked(stop).on_step_end(cast(Any, None), TrainerState(), control)
+    assert control.should_evaluate and not control.should_save and not control.should_training_stop
+    stop.is_agreed = True
+    StopWhenAsked(stop).on_step_end(cast(Any, None), TrainerState(), control)
+    assert not control.should_evaluate
+    assert control.should_log and control.should_save and control.should_training_stop
+
+
 class Steps:
     """Feeds losses and gradient norms to the guard, as a trainer would."""
 
     def __init__(self, is_fp16: bool) -> None:
         self.trainer = SimpleNamespace(window=None)
-        self.guard = NonFiniteGuard(
-            cast(Phi3VTrainer, self.trainer), lambda step: f"samples of {step}", lambda: "Checkpoint 3 is there."
-        )
+        self.reading = StepReading(cast(Phi3VTrainer, self.trainer), Stop())
+        self.guard = NonFiniteGuard(self.reading, lambda step: f"samples of {step}", lambda: "Checkpoint 3 is there.")
         self.args: Any = SimpleNamespace(fp16=is_fp16, world_size=1)
         self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.25)
 
     def step(self, loss: float, norm: float) -> None:
         self.trainer.window = Window(WindowPlan((), 1, 1, 1, 1), 0.0, torch.tensor(loss), torch.tensor(norm))
         state = TrainerState(global_step=4)
-        self.guard.on_pre_optimizer_step(self.args, state, TrainerControl(), optimizer=self.optimizer)
+        for callback in (self.reading, self.guard):
+            callback.on_pre_optimizer_step(self.args, state, TrainerControl(), optimizer=self.optimizer)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Passwords and access tokens, known by their looks or from the environment: so that none is written down or shown."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "[hidden]"
+"""Stands where a password or token stood."""
+
+SHORTEST_SECRET = 8
+"""Characters below which an environment variable's value is not looked for: it would be found in ordinary words."""
+
+_NAMES_OF_SECRETS = re.compile(
+    r"(?!.*_(?:FILE|PATH|DIR)$).*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE
+)
+
+_SECRETS = re.compile(
+    r"""
+      (?<=://) (?!\[hidden\]) [^/\s@'"<>]+ (?=@)  # user and password of a URL
+    | (?<=[?&])  # the same in its query
+      (?i: (?:access_)?token | api_?key | key | password | secret | sig | signature | x-amz-(?:signature|credential) )
+      = (?!\[hidden\]) [^&\#\s'"<>]+
+    | \b hf_[A-Za-z0-9]{16,}  # Hugging Face
+    | \b (?:ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{20,} | \b github_pat_[A-Za-z0-9_]{20,}
+    | \b glpat-[A-Za-z0-9_-]{16,}  # GitLab
+    | \b sk-[A-Za-z0-9_-]{20,}  # OpenAI, Anthropic
+    | \b xox[abprs]-[A-Za-z0-9-]{10,}  # Slack
+    | \b (?:AKIA|ASIA)[0-9A-Z]{16} \b  # Amazon
+    | \b AIza[0-9A-Za-z_-]{35}  # Google
+    | \b wandb_v1_[A-Za-z0-9_]{20,}  # Weights & Biases
+    """,
+    re.VERBOSE,
+)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text holds a password in a URL, an access token, or the value of an environment variable that is one.
+
+    >>> holds_secret("https://me:opensesame@example.org/model"), holds_secret("microsoft/Phi-3.5-vision-instruct")
+    (True, False)
+    """
+    return _SECRETS.search(text) is not None or any(value in text for value in _secret_values())
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text with ``HIDDEN`` in place of every secret in it.
+
+    >>> without_secrets("https://me:opensesame@example.org/model")
+    'https://[hidden]@example.org/model'
+    """
+    for value in _secret_values():
+        text = text.replace(value, HIDDEN)
+    return _SECRETS.sub(HIDDEN, text)
+
+
+def plain_without_secrets(value: Any) -> Any:
+    """Returns a JSON or YAML value with ``HIDDEN`` in place of every secret in its texts."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {plain_without_secrets(key): plain_without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_without_secrets(item) for item in value]
+    return value
+
+
+def _secret_values() -> list[str]:
+    """Returns what environment variables with a secret's name hold, longest first."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST_SECRET and _NAMES_OF_SECRETS.match(name) and not value.isdecimal()
+    }
+    return sorted(found, key=lambda value: (-len(value), value))
