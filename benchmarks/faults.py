@@ -9,6 +9,7 @@ command starts again; after some of them the run is let to its end and compared.
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -48,14 +49,14 @@ def main() -> None:
         undisturbed = {}
         for num_processes in (1, 2):
             config = make_config(model, data, folder / f"whole-{num_processes}", **SETTINGS)
-            assert set(Forked(config, num_processes).wait()) == {0}
+            assert set(Forked(config, num_processes).wait(300)) == {0}
             undisturbed[num_processes] = config.output_dir
         while counts["kills"] < options.kills:
             num_processes = 1 + counts["runs"] % 2
             config = make_config(model, data, folder / f"run-{counts['runs']}", **SETTINGS)
             kill_often(config, num_processes, options.kills_a_run, dice, counts)
             final = Forked(config, num_processes)
-            assert set(final.wait()) == {0}, final.output
+            assert set(final.wait(300)) == {0}, final.output
             counts["runs"] += 1
             counts["runs unlike the undisturbed one"] += not are_equal(undisturbed[num_processes], config.output_dir)
             print(f"{time.monotonic() - started:.0f} s: {describe(counts)}", flush=True)
@@ -73,13 +74,13 @@ def kill_often(config: TrainConfig, num_processes: int, kills: int, dice: random
             deadline = time.monotonic() + FIRST_SECONDS * dice.random()
             is_met = start.until(lambda deadline=deadline: time.monotonic() > deadline)
         if not is_met:
-            assert set(start.wait()) == {0}, start.output
+            assert set(start.wait(300)) == {0}, start.output
             return  # the run is over
         saved = max([0, *store.steps()])
         victims = start.ranks() if num_processes == 1 or dice.random() < 0.5 else [dice.choice(start.ranks())]
         for pid in victims:
             kill(pid)
-        start.wait(120)
+        counts["had to be ended as torchrun does"] += end_rest(start)
         after = max([0, *store.steps()])
         assert after >= saved, "a checkpoint was lost"
         counts["kills"] += 1
@@ -87,6 +88,27 @@ def kill_often(config: TrainConfig, num_processes: int, kills: int, dice: random
         counts["while a checkpoint was written"] += any(store.root.glob(".saving/*"))
         last_logged = max((line["step"] for line in start.run.steps()), default=0)
         counts[f"lost {max(0, last_logged - after)} logged steps"] += 1
+
+
+def end_rest(start: Forked) -> bool:
+    """Waits for processes that lost another one; returns whether they did not end by themselves within 5 s.
+
+    Those are told to by SIGTERM and, 30 s later, killed, as torchrun does: a process that has not met the others yet
+    waits for them.
+    """
+    for wait_s, number in ((5, signal.SIGTERM), (30, signal.SIGKILL)):
+        deadline = time.monotonic() + wait_s
+        while None in start.codes():
+            if time.monotonic() > deadline:
+                for pid, code in zip(start.ranks(), start.codes(), strict=True):
+                    if code is None:
+                        kill(pid, number)
+                break
+            time.sleep(0.01)
+        else:
+            return number == signal.SIGKILL
+    start.wait()
+    return True
 
 
 def are_equal(undisturbed: Path, run: Path) -> bool:

@@ -5,6 +5,7 @@ The model has the published sizes of heads and special tokens, a decoder of 6 la
 pair of them; then adapters learn a question that the model was never asked. Everything runs as ``phi3v train`` does.
 
     python benchmarks/learning.py OUTPUT_DIR [--precision bf16] [--data FOLDER] [--float8]
+    python benchmarks/learning.py OUTPUT_DIR --small       # the demo's model of 0.5 M, on a CPU too
 
 ``--data``: a folder that ``phi3v demo`` wrote (its ``data``), for machines without scikit-learn.
 """
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--float8", action="store_true")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--epochs", type=float, default=5)
     options = parser.parse_args()
     folder: Path = options.output_dir
@@ -76,10 +78,11 @@ def main() -> None:
     if data is None:
         data = folder / "data"
         write_data(data)
-    build_model(folder / "base", **SIZES)
+    build_model(folder / "base", **({} if options.small else SIZES))
     shared = {"precision": options.precision, "fp8": options.float8}
     splits = {"train_data": [data / "train.jsonl"], "eval_data": [data / "test.jsonl"]}
-    full = {"model": str(folder / "base"), "method": "full", "learning_rate": 4e-4, "num_train_epochs": options.epochs}
+    rate = 2e-3 if options.small else 4e-4
+    full = {"model": str(folder / "base"), "method": "full", "learning_rate": rate, "num_train_epochs": options.epochs}
     train(folder, "full", **full, **splits, **shared)
     train(folder, "full, nothing shared", **full, **splits, **shared, shared_questions=1)
     spell = {"train_data": [data / "spell-train.jsonl"], "eval_data": [data / "spell-test.jsonl"]}

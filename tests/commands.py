@@ -1,5 +1,6 @@
 """Training runs as their users start them, in processes that tests signal, kill and starve."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -18,6 +19,9 @@ from accelerate.state import AcceleratorState
 from phi3v.cli import main
 from phi3v.config import TrainConfig
 from phi3v.runlog import RunDirectory
+
+HANGS_AFTER_S = 100
+"""Time after which a run that is still going says where it is."""
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
@@ -169,6 +173,7 @@ class Forked:
             os.dup2(output, 2)
             # pytest has put something else in their place.
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+            faulthandler.dump_traceback_later(HANGS_AFTER_S, file=sys.stderr)
             if num_processes > 1:
                 world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")

@@ -31,9 +31,10 @@ SETTINGS: dict[str, Any] = {
     "eval_max_new_tokens": 2,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "frozen_vision": {},
-    "lora": {"lora_rank": 4, "learning_rate": 1e-2},
+    "full": {"method": "full"},
+    "frozen_vision": {"method": "frozen_vision"},
+    "lora": {"method": "lora", "lora_rank": 4, "learning_rate": 1e-2},
+    "dora": {"method": "lora", "lora_rank": 4, "learning_rate": 1e-2, "use_dora": True, "use_rslora": True},
 }
 
 
@@ -43,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(data: Path, method: str, **changes: Any) -> dict[str, Any]:
-    return {"method": method, "eval_data": [data / "eval.jsonl"], **SETTINGS, **METHODS[method], **changes}
+    return {"eval_data": [data / "eval.jsonl"], **SETTINGS, **METHODS[method], **changes}
 
 
 def run_two_processes(model: Path, data: Path, output_dir: Path, **changes: Any) -> None:

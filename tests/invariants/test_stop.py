@@ -80,6 +80,19 @@ def test_a_stop_after_training_leaves_the_score_to_the_next_start(tiny_dir: Path
     assert after is not None and after["step"] == 1
 
 
+@pytest.mark.slow
+def test_a_late_score_that_is_the_first_is_the_best_on_record(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"eval_data": [data / "eval.jsonl"], "eval_steps": 2, "max_steps": 2, "eval_max_new_tokens": 1}
+    config = make_config(tiny_dir, data, tmp_path / "run", eval_before=False, **settings)
+    assert train_in_child(config, ask_at_call(evaluation, "evaluate_model", 1)) == EXIT_STOPPED
+    run = RunDirectory(tmp_path / "run")
+    assert run.best() is None
+    assert train_in_child(config) == 0
+    assert run.best() == {"step": 2, "score": 0.0, "metric": "accuracy"}
+    assert [(line["step"], line["when"]) for line in run.evals()] == [(2, "during"), (2, "after")]
+
+
+@pytest.mark.slow
 def test_patience_that_a_late_score_uses_up_ends_training(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     settings = {"eval_data": [data / "eval.jsonl"], "eval_steps": 1, "eval_max_new_tokens": 1}
     settings |= {"early_stopping_patience": 2, "eval_before": False}
@@ -111,14 +124,19 @@ def test_a_second_request_ends_the_run_at_once(tiny_dir: Path, data: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_processes", "whom"),
-    [(1, "the whole group"), (2, "the launcher"), (2, "the whole group"), (2, "one rank, by SIGUSR1")],
+    ("num_processes", "whom", "parallel"),
+    [
+        (1, "the whole group", "ddp"),
+        (2, "the launcher", "fsdp2"),
+        (2, "the whole group", "ddp"),
+        (2, "one rank, by SIGUSR1", "ddp"),
+    ],
 )
 def test_command_stopped_by_a_scheduler(
-    num_processes: int, whom: str, tiny_dir: Path, data: Path, tmp_path: Path
+    num_processes: int, whom: str, parallel: str, tiny_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     """Processes that prepare samples get the signal too, and the step that is finished needs them."""
-    settings = {"num_train_epochs": 4, "num_workers": 1, "save_steps": 100}
+    settings = {"num_train_epochs": 4, "num_workers": 1, "save_steps": 100, "parallel": parallel}
     whole = make_config(tiny_dir, data, tmp_path / "whole", **settings)
     assert Command(whole, num_processes).wait() == 0
     stopped = make_config(tiny_dir, data, tmp_path / "stopped", **settings)

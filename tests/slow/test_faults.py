@@ -4,6 +4,7 @@ What lies beyond the last checkpoint is lost and nothing else, the message says 
 and ends as if undisturbed.
 """
 
+import json
 import os
 import random
 import re
@@ -17,10 +18,8 @@ import pytest
 import torch
 
 from commands import Forked, kill, small_disk
-from phi3v.errors import CapacityError
 from phi3v.runlog import RunDirectory
-from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.faults import explained
+from phi3v.train.checkpoints import MANIFEST, CheckpointStore, find_problem
 from training import final_weights, logged, make_config, train_in_child, write_training_data
 
 pytestmark = pytest.mark.slow
@@ -88,6 +87,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_a_high_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 128
+    path.write_bytes(content)
+
+
 def remove(path: Path) -> None:
     path.unlink()
 
@@ -99,7 +104,9 @@ def test_every_damaged_file_of_a_checkpoint_is_noticed(tiny_dir: Path, data: Pat
     names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     assert len(names) > 5
     for number, name in enumerate(names):
-        for damage in (cut_in_half, flip_a_bit, remove):
+        for damage in (cut_in_half, flip_a_bit, flip_a_high_bit, remove):
+            if (name.name, damage) == (MANIFEST, flip_a_high_bit):
+                continue  # see the next test
             root = tmp_path / f"{number}-{damage.__name__}"
             shutil.copytree(newest.parent, root, copy_function=os.link)
             damaged = root / newest.name / name
@@ -111,6 +118,26 @@ def test_every_damaged_file_of_a_checkpoint_is_noticed(tiny_dir: Path, data: Pat
             assert found is not None and found.step == 5, (name, damage.__name__)
             assert (root / "checkpoint-6.incomplete").is_dir() and store.steps() == [5]
             shutil.rmtree(root)
+
+
+@pytest.mark.xfail(strict=True, reason="the manifest says nothing about its own bytes")
+def test_any_flipped_bit_of_a_manifest_is_noticed(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Also one in a setting, which would make the run another one, and one that makes it no text."""
+    config = make_config(tiny_dir, data, tmp_path / "run", max_steps=1, save_steps=1)
+    assert train_in_child(config) == 0
+    folder = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1).folder(1)
+    whole = (folder / MANIFEST).read_bytes()
+    dice = random.Random(0)
+    for position in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << dice.randrange(8)
+        (folder / MANIFEST).write_bytes(flipped)
+        place = bytes(flipped[max(0, position - 20) : position + 20])
+        assert find_problem(folder) is not None or json.loads(flipped) == json.loads(whole), (
+            place
+        )  # a blank for another
+    (folder / MANIFEST).write_bytes(whole)
+    assert find_problem(folder) is None
 
 
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
@@ -160,16 +187,6 @@ def test_a_full_disk_costs_what_lies_beyond_the_checkpoint(
     except PermissionError as error:
         whole.kill()
         pytest.skip(str(error))
-
-
-def test_a_full_disk_elsewhere_is_told_too() -> None:
-    told = r"the disk is full: .*No space left .*Make room, .*Checkpoint 3\."
-    with pytest.raises(CapacityError, match=told), explained(lambda: "Checkpoint 3."):
-        Path("/dev/full").write_text("a line")
-    with pytest.raises(FileNotFoundError), explained(lambda: "Checkpoint 3."):
-        Path("/nowhere/at/all").read_bytes()
-    with pytest.raises(RuntimeError, match="of our own"), explained(lambda: "Checkpoint 3."):
-        raise RuntimeError("a fault of our own")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -326,6 +326,9 @@ def test_text_of_a_run_can_neither_run_nor_load_anything(tmp_path: Path, text: s
     run.write_data({text: {"samples": 1, "skipped": {text: 3}, text: text, "problems": [text]}})
     run.write_audit({"parts": [{"part": text, "parameters": 1, "trainable": 1, "gradient_norm": 0.0}], text: text})
     run.append_step({"step": 1, "loss": 1.0})
+    run.append_spike(
+        {"step": 1, "loss": text, "loss_limit": text, "learning_rate": text, "worst_samples": [text, text]}
+    )
     run.append_eval({"step": 0, "when": "before", "metric": text, "score": 0.5, "n": text})
     row = {"label": text, "support": text, "precision": {"value": text}}
     group = {"labels": [text, text], "n": text, "auroc": {"value": 0.5}, "classes": [row], "confusion": [[1, 2, 3]] * 2}

@@ -3,12 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +67,6 @@ from phi3v.train.callbacks import (
 from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import CheckedData, Sharing, check_data, choose_sharing
 from phi3v.train.engines.choose import is_sharded, open_engine, require_engine
-from phi3v.train.engines.engine import Engine
 from phi3v.train.evaluation import Scorer
 from phi3v.train.faults import explained
 from phi3v.train.feature_cache import FeatureCache, open_cache, require_frozen, require_room
@@ -263,6 +261,11 @@ def open_run(room: Room) -> Start:
         broadcast_object_list(start)
     (decided,) = start
     assert decided is not None
+    if not room.store.root.is_dir():
+        raise ConfigError(
+            f"process {room.args.process_index} does not see {room.store.root}, which the first process has made: on "
+            "several nodes, output_dir must lie in a folder that all of them share under the same path"
+        )
     if room.is_writer and decided.result_step is None:
         room.run.create(room.config.to_yaml(), environment(gpus=describe_gpus(room.args.device)))
         room.run.write_data(room.data.summaries)
@@ -397,10 +400,9 @@ def train(
         last_step, history = trainer.state.global_step, trainer.state.log_history
         if stop.is_agreed:
             raise StoppedError(f"the run was asked to stop, and did after step {last_step}")
-        if room.config.parallel != "ddp":
-            # What is trained lies in the engine's masters, shared out.
-            model = whole_model(room, trainer.engine, room.precision)
-            trainer.engine.close()
+        if (weights := trainer.engine.weights(has_frozen=False)) is not None:
+            model = whole_model(room, weights, room.precision)
+        trainer.engine.close()
     best = best_of(history) if keeps_best(room.config) else None
     if best is None or best.step == last_step:
         return model, last_step
@@ -419,34 +421,30 @@ def take_late_score(room: Room, model: Model, scorer: Scorer | None, start: Star
     return score
 
 
-def whole_model(room: Room, engine: Engine, precision: Precision) -> Model:
+def whole_model(room: Room, weights: Iterable[tuple[str, torch.Tensor]], precision: Precision) -> Model:
     """Returns a model that holds an engine's trained weights, whole, in ``precision``; all processes must ask."""
     model = build_model(room.config, precision, room.args.device)
     own = dict(model.named_parameters())
     with torch.no_grad():
-        for name, weights in engine.masters():
-            own[name].copy_(weights)
+        for name, tensor in weights:
+            own[name].copy_(tensor)
     return model
 
 
 def score_during(room: Room, trainer: Phi3VTrainer, model: Model, scorer: Scorer, step: int) -> dict[str, float]:
     """Takes a mid-run score, of a copy where the model itself lies in parts; returns what Trainer logs."""
-    if trainer.engine.is_whole:
+    weights = None if trainer.engine.is_whole else trainer.engine.weights(has_frozen=False)
+    if weights is None:
         return scorer.score_during(model, step)
     logger.info("Putting a whole model together for the score of step %d ...", step)
     in_16_bit = replace(room.precision, weights=DTYPE_NAMES[room.precision.name])
-    return scorer.score_during(whole_model(room, trainer.engine, in_16_bit), step)
+    return scorer.score_during(whole_model(room, weights, in_16_bit), step)
 
 
 def save_checkpoint_model(room: Room, trainer: Phi3VTrainer, model: Model, folder: Path) -> None:
     """Writes a checkpoint's model folder; all processes take part, the first one writes."""
-    if room.config.parallel == "ddp":
-        if room.is_writer:
-            save_model(model, room.processor, folder)
-        return
-    engine = trainer.engine
-    weights = engine.masters() if room.config.trains_adapters else chain(engine.masters(), engine.frozen())
-    state = gather(weights, keeps=room.is_writer)
+    weights = trainer.engine.weights(has_frozen=not room.config.trains_adapters)
+    state = None if weights is None else gather(weights, keeps=room.is_writer)
     if room.is_writer:
         save_model(model, room.processor, folder, state=state)
 

@@ -28,10 +28,10 @@ SETTINGS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions that all have one answer, but for one that comes up in step ``SPIKE_STEP``."""
     folder = tmp_path_factory.mktemp("spikes")
-    odd = Shuffled(NUM_SAMPLES, seed=0).of(0)[BATCH * (SPIKE_STEP - 1)]
+    odd = Shuffled(NUM_SAMPLES, seed=0).of(0)[BATCH * (SPIKE_STEP - 1) + 1]
     lines = []
     for number in range(NUM_SAMPLES):
-        answer = "Zebras quarrel about sixty-five xylophones" if number == odd else "yes"
+        answer = "Z" if number == odd else "yes"  # as long as the others, so that the second process gets it
         turn = {"user": "Is it?", "assistant": answer}
         lines.append(json.dumps({"id": f"odd-{number}" if number == odd else str(number), "conversations": [turn]}))
     (folder / "train.jsonl").write_text("\n".join(lines))

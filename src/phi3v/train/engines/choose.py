@@ -29,6 +29,12 @@ def require_engine(config: TrainConfig, precision: Precision, device: torch.devi
     Raises:
         ConfigError: names what does not go together, or what is not installed.
     """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false") == "true":
+            raise ConfigError(
+                f"accelerate is set up to shard the model itself ({name}); take that out of its configuration, and set "
+                "parallel to fsdp2, zero2 or zero3"
+            )
     if config.parallel == "ddp":
         return
     if config.method == "qlora":

@@ -89,20 +89,16 @@ class DeepSpeed:
         finite = norm / float(zero.loss_scale) if norm >= 0 else float("inf")
         return torch.tensor(finite, device=self._device)
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name, parameter in self._parameters.items():
-            yield name, self._shaped(parameter, safe_get_full_fp32_param(parameter))
-
-    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, *, has_frozen: bool) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.module.module.named_parameters():
             if parameter.requires_grad:
-                continue
-            with zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.detach().clone()
+                yield name, self._shaped(parameter, safe_get_full_fp32_param(parameter))
+            elif has_frozen:
+                with zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                    yield name, parameter.detach().clone()
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -56,12 +56,15 @@ class Engine(Protocol):
         """Scales the step's gradient down to ``max_norm``, if that is not 0; returns its norm before."""
         ...
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every trained parameter's name and float32 weights, whole. All processes must go through them all."""
-        ...
+    def weights(self, *, has_frozen: bool) -> Iterator[tuple[str, torch.Tensor]] | None:
+        """Returns every trained parameter's name and float32 weights, whole; all processes must go through them all.
 
-    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the names and weights of all other parameters, whole, likewise, in what they compute in."""
+        Args:
+            has_frozen: whether the other parameters come too, in the type that they compute in.
+
+        Returns:
+            None where the model that was given to the engine holds them as they are.
+        """
         ...
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:

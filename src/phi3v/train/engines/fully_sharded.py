@@ -73,13 +73,9 @@ class FullySharded:
         norm = gradient_norm(list(self._parameters.values()), max_norm)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._parameters.items():
-            yield name, self._whole(parameter)
-
-    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, *, has_frozen: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
+            if parameter.requires_grad or has_frozen:
                 yield name, self._whole(parameter)
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:

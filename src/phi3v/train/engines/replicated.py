@@ -25,7 +25,6 @@ class Replicated:
     needs_one_path = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-        self._model = model
         self._accelerator = accelerator
         self._adamw = optimizer
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -46,14 +45,8 @@ class Replicated:
         self._accelerator.unscale_gradients(self.optimizer)
         return gradient_norm(list(self._parameters.values()), max_norm)
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._parameters.items():
-            yield name, parameter.detach()
-
-    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
-                yield name, parameter.detach()
+    def weights(self, *, has_frozen: bool) -> None:
+        return None
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:
         for name, parameter in self._parameters.items():
