@@ -36,7 +36,7 @@ from phi3v.runlog import write_json
 from phi3v.train.activations import choose_activation_policy
 from phi3v.train.data import Sharing
 from phi3v.train.engines.choose import is_sharded, open_engine, require_engine
-from phi3v.train.run import data_load
+from phi3v.train.room import data_load
 from phi3v.train.tuning import choose_precision, select_trainable, wrap_lora
 
 DEFAULT_RUNS = ("full:fsdp2", "full:zero2", "frozen_vision:fsdp2", "lora:ddp")

@@ -339,7 +339,7 @@ class TrainConfig(RunConfig):
     parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = setting(
         HARDWARE,
         "How processes work together. Ddp: each holds everything. Fsdp2: torch's, each holds a share of everything. "
-        "Zero2, zero3: DeepSpeed's, each holds a share of the optimizer and the gradients, with zero3 of the weights too.",
+        "Zero2, zero3: DeepSpeed's, each holds a share of optimizer and gradients, with zero3 of the weights too.",
         default="ddp",
         familiar_names=("fsdp", "deepspeed", "deepspeed_config"),
     )

@@ -222,8 +222,8 @@ class RunDirectory:
     def truncate_after(self, step: int) -> None:
         """Takes the logs back to ``step``, so that a resumed run's end up equal to an uninterrupted run's.
 
-        Dropped: step lines, spikes and evaluations beyond ``step``; every evaluation from after training, which the resumed
-        run takes again; predictions whose evaluation is dropped. Kept: the evaluation from before training.
+        Dropped: step lines, spikes and evaluations beyond ``step``; every evaluation from after training, which the
+        resumed run takes again; predictions whose evaluation is dropped. Kept: the evaluation from before training.
         """
         for path in (self.steps_path, self.spikes_path):
             if path.exists():

@@ -9,7 +9,7 @@ from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.model.checkpoint import load_four_bit_model, load_model, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.train.run import build_model
+from phi3v.train.room import build_model
 from phi3v.train.tuning import choose_precision
 from training import alone, make_config, write_training_data
 

@@ -13,7 +13,7 @@ from phi3v.credentials import HIDDEN, holds_secret, without_secrets
 from phi3v.errors import ConfigError, DataError
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment
-from phi3v.train.run import show_messages
+from phi3v.train.messages import show_messages
 
 PLANTED = {
     "HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345",

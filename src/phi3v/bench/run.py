@@ -23,7 +23,7 @@ from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.packed_attention import row_alignment
 from phi3v.model.placement import resolve_device
 from phi3v.runlog import environment, write_json
-from phi3v.train.run import describe_gpus
+from phi3v.train.messages import describe_gpus
 
 SWEPT_CROPS = (1, 4, 9, 16)
 SWEPT_TEXT_TOKENS = (33, 512, 1024, 2048, 4096)

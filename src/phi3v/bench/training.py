@@ -27,7 +27,7 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.train.activations import ActivationPolicy, choose_activation_policy
 from phi3v.train.data import Sharing
-from phi3v.train.run import data_load
+from phi3v.train.room import data_load
 from phi3v.train.tuning import Precision, choose_precision, parameter_groups, select_trainable, wrap_lora
 
 

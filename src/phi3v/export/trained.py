@@ -1,16 +1,15 @@
 """What is exported: a run's result, a model folder or an adapter folder, and what its run says about it."""
 
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from ..model.folder import read_object
 from ..runlog import RunDirectory
 
 PUBLISHED_MODELS = {
@@ -18,6 +17,9 @@ PUBLISHED_MODELS = {
     "Phi-3-vision-128k-instruct": "microsoft/Phi-3-vision-128k-instruct",
 }
 """Hub ids of the published models, by what their ``config.json`` calls itself."""
+
+_BASE_IN_CARD = re.compile(r"---\n(?:(?!---).*\n)*?base_model: *['\"]?(?P<base>[\w./-]+)['\"]? *\n")
+"""The base that a model card's head names. A card may come from anywhere: it is not worth a YAML reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +124,8 @@ def published_name(model: str) -> str | None:
         is_hub_id = model.count("/") == 1 and not folder.is_absolute() and not model.startswith((".", "~"))
         return model if is_hub_id and not folder.parent.exists() else None
     card = folder / "README.md"
-    if card.is_file():
-        named = _front_matter(card.read_text("utf-8", errors="replace")).get("base_model")
-        if isinstance(named, str):
-            return named
+    if card.is_file() and (named := _BASE_IN_CARD.match(card.read_text("utf-8", errors="replace"))):
+        return named["base"]
     config_file = folder / "config.json"
-    named = json.loads(config_file.read_text("utf-8")).get("_name_or_path", "") if config_file.is_file() else ""
+    named = read_object(config_file).get("_name_or_path", "") if config_file.is_file() else ""
     return PUBLISHED_MODELS.get(str(named).rpartition("/")[2])
-
-
-def _front_matter(card: str) -> dict[str, Any]:
-    """Returns the metadata at the head of a model card; empty where there is none that can be read."""
-    if not card.startswith("---\n"):
-        return {}
-    try:
-        head = yaml.safe_load(card[4:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return head if isinstance(head, dict) else {}

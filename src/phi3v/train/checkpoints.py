@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phi3v.errors import CheckpointError
@@ -176,7 +176,7 @@ def find_problem(folder: Path) -> str | None:
         return f"it has no {MANIFEST}: the process stopped while writing it"
     try:
         files: dict[str, dict[str, Any]] = _read_manifest(folder)["files"]
-    except (json.JSONDecodeError, KeyError, CheckpointError) as error:
+    except (OSError, ValueError, RecursionError, CheckpointError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
     missing = [name for name in (*REQUIRED_FILES, *files) if name not in files or not (folder / name).is_file()]
     if missing:
@@ -205,6 +205,7 @@ def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> Non
         for name, path, digest in zip(names, paths, _digests(paths), strict=True)
     }
     manifest = {"format": _FORMAT, "step": step, "identity": dict(identity), "files": records}
+    manifest["sha256"] = _digest_of(manifest)
     target = folder / MANIFEST
     target.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     _sync_file(target)
@@ -212,10 +213,27 @@ def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> Non
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads a manifest; what it says of files is not compared with them yet.
+
+    Raises:
+        CheckpointError: not one that `_write_manifest` wrote, or one that was changed since.
+    """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"format {manifest.get('format')!r}, this version reads {_FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"format {str(found)[:80]!r}, this version reads {_FORMAT}")
+    files = manifest.get("files")
+    if manifest.pop("sha256", None) != _digest_of(manifest) or not isinstance(files, dict):
+        raise CheckpointError("it does not have the content that was written")
+    for name, record in files.items():
+        # A manifest from elsewhere must not have files of any place read, or a pipe that never ends.
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not isinstance(record, dict):
+            raise CheckpointError(f"it names {name[:80]!r}, which is no file of a checkpoint")
     return manifest
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(paths: list[Path]) -> list[str]:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from phi3v.errors import CheckpointError
@@ -55,9 +56,7 @@ def _paired(model: PreTrainedModel | PeftModel, folder: Path) -> Iterator[tuple[
     """Yields every tensor's name, the model's own and the folder's."""
     own = saved_tensors(model)
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(str(path), framework="pt")) for path in sorted(folder.glob("*.safetensors"))
-        ]
+        files = [stack.enter_context(_opened(path)) for path in sorted(folder.glob("*.safetensors"))]
         places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
         if places.keys() != own.keys():
             raise CheckpointError(
@@ -73,6 +72,13 @@ def _paired(model: PreTrainedModel | PeftModel, folder: Path) -> Iterator[tuple[
                     f"{tensor.dtype}"
                 )
             yield name, tensor, stored
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}; copy or download it again") from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import phi3v.train.data as train_data
 import phi3v.train.evaluation as evaluation
+import phi3v.train.room as room
 import phi3v.train.run as run
 from phi3v.data.packing import MicroBatch
 from phi3v.errors import CheckpointError, ConfigError, DataError, Phi3VError
@@ -281,7 +282,7 @@ def test_left_out_samples_stay_out_when_the_run_goes_on(
 
 
 def test_a_reporter_that_is_not_installed_is_told_at_once(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="wandb, which is not installed"):
         run_training(config(report_to=["wandb"]))
 
