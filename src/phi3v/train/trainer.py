@@ -1,6 +1,7 @@
 """transformers' Trainer with our loss weighting, our sample order, our checkpoints and evaluation by generation."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -270,6 +271,7 @@ class Phi3VTrainer(Trainer):
             if self.args.should_save:
                 self._commit_checkpoint(self.state.global_step)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._staging, ignore_errors=True)  # what is written half would keep a full disk full
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {self._staging}: {error}. "
                 "Earlier checkpoints are whole: make room, and start the same command again."

@@ -37,6 +37,8 @@ def require_engine(config: TrainConfig, precision: Precision, device: torch.devi
             )
     if config.parallel == "ddp":
         return
+    if config.cpu_offload and device.type == "cpu":
+        raise ConfigError("cpu_offload is on, but this run's device is the CPU; leave it out")
     if config.method == "qlora":
         raise ConfigError(f"parallel {config.parallel} cannot share out weights in 4 bit; with method qlora use ddp")
     if config.parallel == "fsdp2" and precision.name == "fp16":

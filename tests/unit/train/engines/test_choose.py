@@ -22,6 +22,7 @@ def config(**changes: Any) -> TrainConfig:
     [
         ({"parallel": "fsdp2", "method": "qlora"}, FP32, "with method qlora use ddp"),
         ({"parallel": "zero2", "method": "qlora"}, FP32, "with method qlora use ddp"),
+        ({"parallel": "fsdp2", "cpu_offload": True}, FP32, "leave it out"),
         ({"parallel": "fsdp2"}, FP16, "use bf16 or fp32, or parallel zero2"),
         ({"parallel": "fsdp2", "fp8": True}, FP32, "leave one of them out"),
         ({"parallel": "zero3", "fp8": True}, FP32, "leave one of them out"),
