@@ -140,11 +140,11 @@ def answer_questions(
     groups = group_questions(list_questions(dataset, encoder, settings.limit), engine.most_questions)
     groups = share_of(groups, share.rank, share.num_ranks)
     answered: list[tuple[tuple[int, int], Prediction]] = []
-    is_stopped = [False]
+    is_stopped = False
     with tqdm(total=sum(map(len, groups)), desc="answering", unit="question", disable=not settings.progress) as bar:
         for batch in _that_have_room(engine, loader.load(groups)):
             if should_stop():
-                is_stopped = [True]
+                is_stopped = True
                 break
             answers = engine.answer([group for loaded in batch for group in loaded.groups])
             for loaded in batch:
@@ -155,11 +155,13 @@ def answer_questions(
                         (question.key, _prediction(dataset, sample, question.turn, labels, text, probabilities))
                     )
                 bar.update(len(loaded.questions))
+    shares = [(answered, is_stopped)]
     if share.num_ranks > 1:
-        answered, is_stopped = gather_object(answered), gather_object(is_stopped)
-    if any(is_stopped):
+        shares = gather_object(shares)
+    if any(stopped for _, stopped in shares):
         raise StoppedError("the evaluation was stopped before all questions were answered")
-    return [prediction for _, prediction in sorted(answered, key=lambda pair: pair[0])]
+    together = [pair for own, _ in shares for pair in own]
+    return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
 
 
 def _that_have_room(engine: Engine, loaded: Iterator[LoadedGroup]) -> Iterator[list[LoadedGroup]]:

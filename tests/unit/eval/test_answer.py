@@ -202,7 +202,9 @@ def test_processes_answer_every_question_once_and_together_what_one_answers(
     shares: list[list[Any]] = []
 
     def keep(own: list[Any]) -> list[Any]:
-        shares.append(own)
+        ((answered, is_stopped),) = own
+        assert not is_stopped
+        shares.append(answered)
         return own
 
     monkeypatch.setattr(answer, "gather_object", keep)
