@@ -85,7 +85,7 @@ class Phi3VTrainer(Trainer):
         engine: takes the steps; from when training starts.
         measure_speed: read at every logged step; its numbers go to all reporters.
 
-    Source: transformers 5.17 to 5.23; what is relied on is named at each override.
+    Source: transformers 5.17 to 5.24; what is relied on is named at each override.
     """
 
     def __init__(
