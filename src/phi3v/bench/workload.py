@@ -142,7 +142,10 @@ class Workload:
             size = (max(map(crops_of, grids), default=0), 3, config.crop_px, config.crop_px)
         else:
             size = (max(map(self._rows_of, grids), default=0), config.hidden_size)
-        self._pages = [torch.randn(size, generator=dice).to(feature_dtype) for _ in range(NUM_DIFFERENT_PAGES)]
+        pages = [torch.randn(size, generator=dice).to(feature_dtype) for _ in range(NUM_DIFFERENT_PAGES)]
+        # By image, not by place in a micro-batch: processes that share a window show what one process would.
+        keys = dict.fromkeys(key for sample in samples for key in sample.image_keys)
+        self._page_of = {key: pages[number % NUM_DIFFERENT_PAGES] for number, key in enumerate(keys)}
 
     def plan(self, step: int) -> list[MicroBatch]:
         """Cuts the window of an optimizer step (0-based) into micro-batches; returns this process's."""
@@ -160,15 +163,14 @@ class Workload:
             for key, grid in zip(sample.image_keys, sample.text.grids, strict=True)
         }
         if not self._has_features:
-            crops = {key: self._page(number)[: crops_of(grid)] for number, (key, grid) in enumerate(grids.items())}
+            crops = {key: self._page_of[key][: crops_of(grid)] for key, grid in grids.items()}
             return self._collator(groups, crops)
         empty = {key: torch.empty(crops_of(grid), 0) for key, grid in grids.items()}
         batch = self._collator(groups, empty)
-        rows = [self._page(number)[: self._rows_of(grid)] for number, grid in enumerate(batch.grids)]
+        rows = [
+            self._page_of[key][: self._rows_of(grid)] for key, grid in zip(batch.image_keys, batch.grids, strict=True)
+        ]
         return replace(batch, crops=None, grids=(), image_keys=(), features=torch.cat(rows) if rows else None)
-
-    def _page(self, number: int) -> torch.Tensor:
-        return self._pages[number % NUM_DIFFERENT_PAGES]
 
     def _rows_of(self, grid: tuple[int, int]) -> int:
         return num_image_tokens(grid, self._tokens_per_side)

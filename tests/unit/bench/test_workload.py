@@ -96,6 +96,26 @@ def test_batches_share_pages_and_keep_within_the_budget() -> None:
     )
 
 
+def test_processes_that_share_a_window_show_what_one_would() -> None:
+    samples = draw_samples(BenchOptions(tiny=True, num_crops=4), TINY, 6)
+    settings: dict[str, Any] = {"batch_size": 6, "budget": Budget(), "shared_questions": 1, "seed": 0}
+
+    def crops_of_images(**ranks: int) -> dict[str, torch.Tensor]:
+        load = Workload(samples, TINY, **settings, **ranks)
+        found: dict[str, torch.Tensor] = {}
+        for batch in map(load.pack, load.plan(0)):
+            assert batch.crops is not None
+            parts = batch.crops.split([rows * columns + 1 for rows, columns in batch.grids])
+            found |= dict(zip(batch.image_keys, parts, strict=True))
+        return found
+
+    alone = crops_of_images()
+    shared = crops_of_images(rank=0, num_ranks=2) | crops_of_images(rank=1, num_ranks=2)
+    assert shared.keys() == alone.keys() and len(alone) == 6
+    for key, crops in alone.items():
+        assert torch.equal(shared[key], crops), key
+
+
 def test_cached_rows_stand_where_the_image_does() -> None:
     samples = draw_samples(BenchOptions(tiny=True, num_crops=4), TINY, 3)
     settings: dict[str, Any] = {"batch_size": 3, "budget": Budget(), "shared_questions": 8, "seed": 0}
