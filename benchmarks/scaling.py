@@ -97,7 +97,7 @@ def measure(method: str, parallel: str, file: Path, options: argparse.Namespace)
     precision = choose_precision(run, device.type)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision.name, precision.name), cpu=not is_cuda)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    require_engine(run, precision, device)
+    require_engine(run, device)
     config = bench_config(options.tiny)
     samples = draw_samples(bench, config, options.batch_size * (options.steps + 2))
     costs = costs_of(samples)

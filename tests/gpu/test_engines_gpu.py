@@ -24,6 +24,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 RUNS = [
     ("fsdp2", "full", "bf16"),
     ("fsdp2", "full", "fp32"),
+    ("fsdp2", "full", "fp16"),
     ("fsdp2", "lora", "bf16"),
     ("zero2", "full", "bf16"),
     ("zero2", "full", "fp16"),

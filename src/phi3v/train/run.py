@@ -84,7 +84,7 @@ def run_training(config: TrainConfig) -> Path:
         require_four_bit(args.device)
     if config.vision_cache is not None:
         require_frozen(config.trained_parts)
-    require_engine(config, precision, args.device)
+    require_engine(config, args.device)
     show_messages(is_writer=args.process_index == 0)
     run = RunDirectory(config.output_dir)
     store = CheckpointStore(run.checkpoints_dir, config.keep_checkpoints)

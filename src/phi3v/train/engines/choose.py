@@ -12,7 +12,7 @@ from phi3v.errors import ConfigError
 from phi3v.model.checkpoint import base_of
 from phi3v.model.packed_forward import release_towers
 from phi3v.train.engines.deep_speed import DeepSpeed, import_deepspeed
-from phi3v.train.engines.engine import Engine
+from phi3v.train.engines.engine import Engine, SkippingOptimizer
 from phi3v.train.engines.fully_sharded import FullySharded
 from phi3v.train.engines.replicated import Replicated
 from phi3v.train.tuning import Precision, parameter_groups
@@ -23,7 +23,7 @@ def is_sharded(config: TrainConfig) -> bool:
     return config.parallel in ("fsdp2", "zero3")
 
 
-def require_engine(config: TrainConfig, precision: Precision, device: torch.device) -> None:
+def require_engine(config: TrainConfig, device: torch.device) -> None:
     """Checks that a run's engine goes with its other settings and is there.
 
     Raises:
@@ -41,8 +41,6 @@ def require_engine(config: TrainConfig, precision: Precision, device: torch.devi
         raise ConfigError("cpu_offload is on, but this run's device is the CPU; leave it out")
     if config.method == "qlora":
         raise ConfigError(f"parallel {config.parallel} cannot share out weights in 4 bit; with method qlora use ddp")
-    if config.parallel == "fsdp2" and precision.name == "fp16":
-        raise ConfigError("parallel fsdp2 has no loss scale for precision fp16; use bf16 or fp32, or parallel zero2")
     if is_sharded(config) and config.fp8:
         raise ConfigError(f"fp8 keeps weights whole, which parallel {config.parallel} does not; leave one of them out")
     if is_sharded(config) and config.vision_cache is not None:
@@ -74,17 +72,19 @@ def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, acc
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     if config.parallel == "fsdp2":
         dtype = precision.autocast_dtype or torch.float32
-        return FullySharded(model, make_optimizer, dtype=dtype, offloads=config.cpu_offload)
-    engine = DeepSpeed(
-        model,
-        make_optimizer,
-        stage=3 if config.parallel == "zero3" else 2,
-        precision=precision.name,
-        max_norm=config.max_grad_norm,
-        offloads=config.cpu_offload,
-    )
-    # Where accelerate looks for steps that fp16 left out: the schedule waits for those that are taken.
-    accelerator._optimizers.append(engine.optimizer)  # pyright: ignore[reportArgumentType]
+        engine: Engine = FullySharded(model, make_optimizer, dtype=dtype, offloads=config.cpu_offload)
+    else:
+        engine = DeepSpeed(
+            model,
+            make_optimizer,
+            stage=3 if config.parallel == "zero3" else 2,
+            precision=precision.name,
+            max_norm=config.max_grad_norm,
+            offloads=config.cpu_offload,
+        )
+    if isinstance(engine.optimizer, SkippingOptimizer):
+        # Where accelerate looks for steps that fp16 left out.
+        accelerator._optimizers.append(engine.optimizer)  # pyright: ignore[reportArgumentType]
     return engine
 
 

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from phi3v.errors import ConfigError
 from phi3v.memory import ZERO_BUCKET_NUMBERS
 from phi3v.model.packed_layers import PackedClipLayer, PackedDecoderLayer
-from phi3v.train.engines.engine import AVERAGES, Average, Read, adamw_state, steps_of
+from phi3v.train.engines.engine import AVERAGES, Average, Read, SkippingOptimizer, adamw_state, steps_of
 
 
 class DeepSpeed:
@@ -179,16 +179,12 @@ class DeepSpeed:
         return whole.flatten()[: shape.numel()].view(shape)
 
 
-class _EngineOptimizer(torch.optim.Optimizer):
-    """AdamW in Trainer's eyes; a step is DeepSpeed's, on the shares of all processes."""
+class _EngineOptimizer(SkippingOptimizer):
+    """AdamW whose step is DeepSpeed's, on the shares of all processes."""
 
     def __init__(self, engine: Any, adamw: torch.optim.Optimizer) -> None:
-        # Not torch's own constructor: groups and state are AdamW's, and its step hooks run in AdamW's step.
+        super().__init__(adamw)
         self._engine = engine
-        self.param_groups = adamw.param_groups
-        self.state = adamw.state
-        self.defaults = adamw.defaults
-        self.step_was_skipped = False
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._engine.step()

@@ -7,7 +7,7 @@ processes.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -90,6 +90,24 @@ class Engine(Protocol):
     def close(self) -> None:
         """Lets go of the memory."""
         ...
+
+
+class SkippingOptimizer(torch.optim.Optimizer):
+    """AdamW as Trainer sees it, for engines that leave out steps: groups, state and defaults are AdamW's own.
+
+    Args:
+        adamw: what holds them.
+
+    Attributes:
+        step_was_skipped: whether the last step was left out; the schedule waits for those that are taken.
+    """
+
+    def __init__(self, adamw: torch.optim.Optimizer) -> None:
+        # Not torch's own constructor, which would make groups anew; step hooks run in AdamW's step.
+        self.param_groups = adamw.param_groups
+        self.state = adamw.state
+        self.defaults: dict[str, Any] = adamw.defaults
+        self.step_was_skipped = False
 
 
 def adamw_state(parameter: torch.Tensor, averages: dict[Average, torch.Tensor], num_steps: int) -> dict[str, object]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from phi3v.model.packed_layers import PackedClipLayer, PackedDecoderLayer
 from phi3v.train.engines.engine import AVERAGES, Average, Read, adamw_state, gradient_norm, steps_of
+from phi3v.train.engines.loss_scale import ScaledSteps
 
 
 class FullySharded:
@@ -61,17 +62,25 @@ class FullySharded:
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         assert all(isinstance(one, DTensor) for one in self._parameters.values())
         self._device = device
-        self.optimizer = make_optimizer(model)
+        adamw = make_optimizer(model)
+        self._scaled = ScaledSteps(adamw) if dtype == torch.float16 else None
+        self.optimizer = self._scaled or adamw
 
     def run(self, compute_loss: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         # Every micro-batch's gradients are shared out at once: whole ones would take as much memory as the weights.
         loss = compute_loss()
-        loss.backward()
+        (loss * self._scaled.scale if self._scaled else loss).backward()
         return loss.detach()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        norm = gradient_norm(list(self._parameters.values()), max_norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+        parameters = list(self._parameters.values())
+        if self._scaled is not None:
+            self._scaled.unscale(parameters)
+        norm = gradient_norm(parameters, max_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+        if self._scaled is not None:
+            self._scaled.see(float(norm))
+        return norm
 
     def weights(self, *, has_frozen: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -80,8 +89,10 @@ class FullySharded:
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:
         for name, parameter in self._parameters.items():
+            state = self.optimizer.state[parameter]
             for average in AVERAGES:
-                yield name, average, self._whole(self.optimizer.state[parameter][average])
+                # With fp16 every step so far may have been left out.
+                yield name, average, self._whole(state[average] if state else torch.zeros_like(parameter))
 
     def num_steps(self) -> int:
         return steps_of(self.optimizer)
@@ -99,10 +110,11 @@ class FullySharded:
             self.optimizer.state[parameter] = adamw_state(parameter, averages, num_steps)
 
     def scaling(self) -> dict[str, float]:
-        return {}
+        return {"scale": self._scaled.scale, "steps": self._scaled.steps} if self._scaled else {}
 
     def load_scaling(self, state: dict[str, float]) -> None:
-        assert not state, "fp16 is refused with fsdp2"
+        if self._scaled is not None and state:
+            self._scaled.scale, self._scaled.steps = state["scale"], int(state["steps"])
 
     def close(self) -> None:
         self.optimizer.state.clear()

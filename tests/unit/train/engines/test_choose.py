@@ -8,9 +8,6 @@ import torch
 from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
 from phi3v.train.engines.choose import is_sharded, require_engine
-from phi3v.train.tuning import Precision
-
-FP32, FP16 = Precision("fp32", "float32"), Precision("fp16", "float32")
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -18,25 +15,24 @@ def config(**changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("changes", "precision", "message"),
+    ("changes", "message"),
     [
-        ({"parallel": "fsdp2", "method": "qlora"}, FP32, "with method qlora use ddp"),
-        ({"parallel": "zero2", "method": "qlora"}, FP32, "with method qlora use ddp"),
-        ({"parallel": "fsdp2", "cpu_offload": True}, FP32, "leave it out"),
-        ({"parallel": "fsdp2"}, FP16, "use bf16 or fp32, or parallel zero2"),
-        ({"parallel": "fsdp2", "fp8": True}, FP32, "leave one of them out"),
-        ({"parallel": "zero3", "fp8": True}, FP32, "leave one of them out"),
-        ({"parallel": "zero3", "vision_cache": "cache", "method": "frozen_vision"}, FP32, "use ddp or zero2"),
+        ({"parallel": "fsdp2", "method": "qlora"}, "with method qlora use ddp"),
+        ({"parallel": "zero2", "method": "qlora"}, "with method qlora use ddp"),
+        ({"parallel": "fsdp2", "cpu_offload": True}, "leave it out"),
+        ({"parallel": "fsdp2", "fp8": True}, "leave one of them out"),
+        ({"parallel": "zero3", "fp8": True}, "leave one of them out"),
+        ({"parallel": "zero3", "vision_cache": "cache", "method": "frozen_vision"}, "use ddp or zero2"),
     ],
 )
-def test_what_does_not_go_together(changes: dict[str, Any], precision: Precision, message: str) -> None:
+def test_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        require_engine(config(**changes), precision, torch.device("cpu"))
+        require_engine(config(**changes), torch.device("cpu"))
 
 
 def test_what_does_go_together() -> None:
-    require_engine(config(parallel="fsdp2", method="lora"), FP32, torch.device("cpu"))
-    require_engine(config(method="qlora"), FP16, torch.device("cpu"))
+    require_engine(config(parallel="fsdp2", method="lora"), torch.device("cpu"))
+    require_engine(config(method="qlora"), torch.device("cpu"))
     assert [is_sharded(config(parallel=name)) for name in ("ddp", "fsdp2", "zero2", "zero3")] == [
         False,
         True,
@@ -49,7 +45,7 @@ def test_what_does_go_together() -> None:
 def test_accelerates_own_sharding_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match="set parallel to fsdp2, zero2 or zero3"):
-        require_engine(config(), FP32, torch.device("cpu"))
+        require_engine(config(), torch.device("cpu"))
 
 
 def test_offloading_needs_something_to_offload() -> None:
