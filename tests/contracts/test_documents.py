@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from help_pages import help_of
 from phi3v.config import TrainConfig, load_config
 from phi3v.data.schema import parse_sample
 
@@ -33,18 +31,13 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-@cache
-def help_of(program: tuple[str, ...]) -> str:
-    return subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
-
-
 def split_program(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
     """Splits a command into what answers ``--help`` and the arguments that its help must name."""
     if words[0] == "phi3v":
         num_words = 1 + (words[1] == "data") + (words[1:3] == ["data", "convert"])
-        return (sys.executable, "-m", "phi3v", *words[1 : 1 + num_words]), words[1 + num_words :]
+        return tuple(words[: 1 + num_words]), words[1 + num_words :]
     (script,) = (number for number, word in enumerate(words) if word.endswith(".py"))
-    return (sys.executable, str(ROOT / words[script])), words[script + 1 :]
+    return (str(ROOT / words[script]),), words[script + 1 :]
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -54,7 +47,7 @@ def test_commands_use_verbs_and_options_that_exist(page: str, command: str) -> N
     for word in arguments:
         if word.startswith("--"):
             name = word.partition("=")[0].replace("-", "_")
-            is_field = program[1].endswith(".py") and name[2:] in TrainConfig.__dataclass_fields__
+            is_field = program[0].endswith(".py") and name[2:] in TrainConfig.__dataclass_fields__
             assert is_field or name in known or name.replace("__no_", "__", 1) in known, f"{page}: no option {word}"
 
 

@@ -83,7 +83,9 @@ def checkpoint_weights(run: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("parallel", ENGINES[1:])
+@pytest.mark.parametrize(
+    "parallel", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
 def test_one_process_needs_no_launcher(parallel: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     if parallel.startswith("zero"):
         pytest.importorskip("deepspeed")

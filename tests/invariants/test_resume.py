@@ -91,13 +91,22 @@ FULL_DEATHS = {
 }
 
 
-def test_full_run_killed_ten_times(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+SOME_DEATHS = [
+    "in the middle of the optimizer's state",
+    "in step 3, between two micro-batches",
+    "after the manifest, before the rename",
+]
+"""Those of the default suite."""
+
+
+@pytest.mark.parametrize("deaths", [SOME_DEATHS, pytest.param([*FULL_DEATHS], marks=pytest.mark.slow)], ids=len)
+def test_full_run_killed_again_and_again(deaths: list[str], tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     settings = {**FULL, "eval_data": [data / "eval.jsonl"], "keep_checkpoints": 1}
     whole = make_config(tiny_dir, data, tmp_path / "whole", **settings)
     assert train_in_child(whole) == 0
     killed = make_config(tiny_dir, data, tmp_path / "killed", num_workers=2, **settings)
-    for where, death in FULL_DEATHS.items():
-        assert train_in_child(killed, death) == -signal.SIGKILL, f"the run was not killed {where}"
+    for where in deaths:
+        assert train_in_child(killed, FULL_DEATHS[where]) == -signal.SIGKILL, f"the run was not killed {where}"
     assert train_in_child(killed) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
@@ -106,9 +115,12 @@ def test_full_run_killed_ten_times(tiny_dir: Path, data: Path, tmp_path: Path) -
     "method",
     [
         {"method": "lora"},
-        {"method": "qlora", "use_dora": True, "use_rslora": True, "four_bit_parts": ["decoder", "vision"]},
+        pytest.param(
+            {"method": "qlora", "use_dora": True, "use_rslora": True, "four_bit_parts": ["decoder", "vision"]},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda method: method["method"],
+    ids=["lora", "qlora"],
 )
 def test_adapters_with_dropout_killed_within_epochs(
     method: dict[str, Any], wide_dir: Path, data: Path, tmp_path: Path
