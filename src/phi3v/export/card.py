@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from ..config import RopeMode
 from .comparison import Comparison
 from .layout import CODE_REPOSITORY
 from .trained import PUBLISHED_MODELS, Trained
@@ -41,7 +40,6 @@ class Exported:
 
     Attributes:
         name: of the model: the folder's, or the repository's.
-        rope_mode: LongRoPE factors that the folder leads every loader to.
         short_positions: longest sequence that the short factors reach where both are there, positions.
         num_crops: most tiles of an image.
         use_auto_map: whether it points to the original's code.
@@ -49,7 +47,6 @@ class Exported:
     """
 
     name: str
-    rope_mode: RopeMode
     short_positions: int
     num_crops: int
     use_auto_map: bool
@@ -171,7 +168,8 @@ def _loading(exported: Exported) -> str:
 
 def _serving(trained: Trained, exported: Exported) -> str:
     short = f"{exported.short_positions:,}"
-    if exported.rope_mode == "auto":
+    mode = exported.comparison.written_rope_mode
+    if mode == "auto":
         text = (
             f"LongRoPE: both factor sets are as published. The model was trained with `rope_mode: {trained.rope_mode}`."
             f" phi3v chooses by each sequence's own length: short factors up to {short} positions, long ones beyond. "
@@ -191,7 +189,7 @@ def _serving(trained: Trained, exported: Exported) -> str:
             )
     else:
         text = (
-            f"LongRoPE: the {exported.rope_mode} factors stand in both places of `rope_scaling`, so that every loader "
+            f"LongRoPE: the {mode} factors stand in both places of `rope_scaling`, so that every loader "
             "and every `--max-model-len` of vLLM uses them. The model was trained with "
             f"`rope_mode: {trained.rope_mode}`."
         )

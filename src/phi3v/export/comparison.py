@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import RopeMode
+
 ARITHMETIC = 1e-4
 """Largest relative difference of logits between two ways of computing the same float32 weights: an adapter beside its
 base or added into it, one process or another. Measured: 4e-6 at the published size (docs/LOG.md)."""
@@ -66,6 +68,8 @@ class Comparison:
 
     Attributes:
         dtype: number format of the written weights.
+        trained_rope_mode: LongRoPE factors that the trained model reads with.
+        written_rope_mode: those that the folder leads every loader to.
         num_samples: real samples compared.
         num_logits: answer positions compared.
         same_inputs: whether the written folder's own processor made the same ids and pixels of them.
@@ -84,6 +88,8 @@ class Comparison:
     """
 
     dtype: str
+    trained_rope_mode: RopeMode
+    written_rope_mode: RopeMode
     num_samples: int
     num_logits: int
     same_inputs: bool
@@ -121,7 +127,13 @@ class Comparison:
                 f"rounding (limit {ARITHMETIC:.0e}): the adapter is of a kind that cannot be merged, or the model "
                 "amplifies even float32's own rounding. Serve the adapter itself, and please report this."
             )
-        if not self.reload_difference <= ARITHMETIC:
+        if not self.reload_difference <= ARITHMETIC and self.written_rope_mode != self.trained_rope_mode:
+            found.append(
+                f"it was trained with rope_mode {self.trained_rope_mode} and was to be written with "
+                f"{self.written_rope_mode}, which gives other answers on these samples ({self.reload_difference:.1e} "
+                "apart): leave --rope_mode out, or train with it."
+            )
+        elif not self.reload_difference <= ARITHMETIC:
             found.append(
                 f"the files do not hold the model that was written to them: {self.reload_difference:.1e} apart (limit "
                 f"{ARITHMETIC:.0e}). Try another disk, and a memory check."

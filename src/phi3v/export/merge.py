@@ -1,12 +1,12 @@
 """Merging an adapter into its base, called done only after the merged folder answers as the adapter does."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..model.checkpoint import is_adapter, load_processor
 from .comparison import Comparison
+from .placing import placed_when_complete
 from .readings import choose_samples, read_folder
 from .trained import find_trained
 from .writing import write_and_compare
@@ -22,7 +22,7 @@ def merge_and_verify(
     num_samples: int = 4,
     dtype: str = "auto",
 ) -> Comparison:
-    """Merges, saves, reloads and compares; a folder that does not pass is removed again.
+    """Merges, saves, reloads and compares; the folder appears once it has passed, or not at all.
 
     The base is the unquantised one, also for an adapter that was trained on it in 4 bit. The sum is formed in float32
     and rounded once to ``dtype``.
@@ -38,38 +38,18 @@ def merge_and_verify(
 
     Raises:
         CheckpointError: not an adapter, or the merged folder does not match it.
-        ConfigError: no data to compare on, or ``output_dir`` is in use.
+        ConfigError: no data to compare on, or ``output_dir`` is in use or cannot be written.
+        CapacityError: too little disk space.
     """
     if not is_adapter(adapter):
         raise CheckpointError(
             f"{adapter}: holds no adapter_config.json; merge takes an adapter folder such as RUN/model"
         )
-    require_empty(output_dir)
     trained = find_trained(adapter, base=base)
     files, image_dir = trained.samples_files(data, image_dir)
-    processor = load_processor(adapter)
-    comparison = write_and_compare(
-        trained,
-        processor,
-        output_dir,
-        samples=choose_samples(processor, files, image_dir, num_samples),
-        dtype=dtype,
-        read=read_folder,
-        say=lambda text: None,
-    )
-    if problems := comparison.problems():
-        shutil.rmtree(output_dir)
-        raise CheckpointError(
-            f"the merged model does not answer as the adapter does and was removed: {' '.join(problems)} ({comparison})"
+    processor = load_processor(trained.processor_folder)
+    samples = choose_samples(processor, files, image_dir, num_samples)
+    with placed_when_complete(output_dir) as folder:
+        return write_and_compare(
+            trained, processor, folder, samples=samples, dtype=dtype, read=read_folder, say=lambda text: None
         )
-    return comparison
-
-
-def require_empty(output_dir: Path) -> None:
-    """Refuses an output folder that holds something.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConfigError(f"{output_dir} is not empty; give another output folder")

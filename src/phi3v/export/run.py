@@ -1,10 +1,7 @@
 """``phi3v export``: from a trained model to a folder for others, complete and checked under its name, or not there."""
 
 import hashlib
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from ..config import RopeMode
-from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load_processor
 from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.processing_phi3_v import Phi3VProcessor
@@ -21,10 +17,10 @@ from ..runlog import environment, write_atomically, write_json
 from .card import Exported, model_card
 from .comparison import ARITHMETIC, MOST_NEAR_TIE, MOST_OF_THE_EFFECT, MOST_ROUNDING, ROUNDINGS, Comparison
 from .hub import HubRepository
-from .layout import point_to_published_code, settle_rope_factors, settle_stop_tokens
-from .merge import require_empty
+from .layout import point_to_published_code
+from .placing import placed_when_complete
 from .readings import GREEDY_TOKENS, MOST_POSITIONS, Samples, choose_samples, encode_samples, read_in_fresh_process
-from .trained import Trained, find_trained
+from .trained import find_trained
 from .writing import Say, write_and_compare
 
 CHECK_FILE = "export_check.json"
@@ -67,54 +63,40 @@ def export_model(
     Raises:
         CheckpointError: nothing to export there, a damaged folder, or one that does not match the trained model: it is
             removed.
-        ConfigError: no data to compare on, ``output_dir`` is in use, or the hub cannot be written to.
+        ConfigError: no data to compare on, ``output_dir`` is in use or cannot be written, or the hub cannot.
         DataError: no sample can be used.
         CapacityError: too little disk space.
         Phi3VError: the upload failed; the folder stays.
     """
     disable_progress_bar()
-    require_empty(output_dir)
     trained = find_trained(source, base=base, rope_mode=rope_mode)
-    exported_mode = rope_mode or trained.rope_mode
     repository = HubRepository(push_to_hub, is_private=is_private) if push_to_hub else None
     files, image_dir = trained.samples_files(data, image_dir)
-    processor = load_processor(trained.folder, num_crops=num_crops)
+    processor = load_processor(trained.processor_folder, num_crops=num_crops)
     samples = choose_samples(processor, files, image_dir, num_samples)
 
-    def settle(model: Any) -> None:
-        settle_stop_tokens(model, processor)
-        settle_rope_factors(model, exported_mode)
-
-    temporary = output_dir.resolve().with_name(f".{output_dir.resolve().name}.exporting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with placed_when_complete(output_dir) as folder:
         comparison = write_and_compare(
             trained,
             processor,
-            temporary,
+            folder,
             samples=samples,
             dtype=dtype,
-            settle=settle,
+            rope_mode=rope_mode,
             prepare=point_to_published_code if use_auto_map else lambda folder: None,
             read=read_in_fresh_process,
             say=say,
         )
-        if problems := comparison.problems():
-            raise CheckpointError(_refusal(output_dir, trained, exported_mode, problems, comparison))
         exported = Exported(
             name=push_to_hub or output_dir.resolve().name,
-            rope_mode=exported_mode,
-            short_positions=Phi3VConfig.from_pretrained(temporary).original_max_position_embeddings,
+            short_positions=Phi3VConfig.from_pretrained(folder).original_max_position_embeddings,
             num_crops=processor.num_crops,
             use_auto_map=use_auto_map,
             comparison=comparison,
         )
-        write_atomically(temporary / "README.md", model_card(trained, exported).encode())
+        write_atomically(folder / "README.md", model_card(trained, exported).encode())
         say("Hashing the files ...")
-        write_json(temporary / CHECK_FILE, _check_record(temporary, trained, exported, samples, processor))
-        _put_in_place(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(folder / CHECK_FILE, _check_record(folder, exported, samples, processor))
     say(f"{output_dir} is complete: {comparison}")
     if repository is not None:
         say(f"Uploading to {repository.repo_id} ...")
@@ -122,22 +104,7 @@ def export_model(
     return comparison
 
 
-def _refusal(
-    output_dir: Path, trained: Trained, exported_mode: RopeMode, problems: Sequence[str], comparison: Comparison
-) -> str:
-    text = f"{output_dir} was not written: the exported model does not answer as {trained.folder} does: "
-    text += " ".join(problems)
-    if exported_mode != trained.rope_mode:
-        text += (
-            f" It was trained with rope_mode {trained.rope_mode} and was to be exported with {exported_mode}, which "
-            "gives other answers on these samples: leave --rope_mode out, or train with it."
-        )
-    return f"{text} ({comparison})"
-
-
-def _check_record(
-    folder: Path, trained: Trained, exported: Exported, samples: Samples, processor: Phi3VProcessor
-) -> dict[str, Any]:
+def _check_record(folder: Path, exported: Exported, samples: Samples, processor: Phi3VProcessor) -> dict[str, Any]:
     """Returns the content of ``export_check.json``: what was compared, how close it came, and the files' hashes."""
     record = asdict(exported.comparison)
     found = environment()
@@ -161,7 +128,6 @@ def _check_record(
             "greedy_tokens": GREEDY_TOKENS,
         },
         "num_crops": exported.num_crops,
-        "rope_mode": {"trained": trained.rope_mode, "exported": exported.rope_mode},
         "stop_token_ids": processor.stop_token_ids,
         "versions": {"phi3v": found["phi3v"], "python": found["python"], **found["packages"]},
         "files": {
@@ -173,20 +139,3 @@ def _check_record(
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _put_in_place(temporary: Path, output_dir: Path) -> None:
-    """Gives the complete folder its name.
-
-    Raises:
-        ConfigError: something was put there meanwhile.
-    """
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    with suppress(FileNotFoundError):
-        output_dir.rmdir()  # empty, or it would have been refused
-    try:
-        temporary.rename(output_dir)
-    except OSError as error:
-        raise ConfigError(f"{output_dir}: cannot be put in place ({error}); give another output folder") from error

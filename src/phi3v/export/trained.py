@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
+from ..eval.origin import run_of, trained_rope_mode
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
 from ..model.folder import read_object
 from ..runlog import RunDirectory
@@ -44,6 +45,12 @@ class Trained:
     def weights_folder(self) -> str:
         """Where the weights of the whole model lie: the base's folder or hub id under an adapter."""
         return self.base or str(self.folder)
+
+    @property
+    def processor_folder(self) -> str:
+        """Where the processor's files lie: beside the weights or adapter, or with the base of an adapter without."""
+        has_own = self.base is None or (self.folder / "preprocessor_config.json").is_file()
+        return str(self.folder) if has_own else self.weights_folder
 
     def samples_files(self, data: Sequence[Path], image_dir: Path | None) -> tuple[list[Path], Path | None]:
         """Returns the data files to compare on, and their image folder.
@@ -86,30 +93,27 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run directory, a model folder or an adapter folder")
     is_model = any((source / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    run = RunDirectory(source.resolve().parent if is_model else source)
-    if not is_model and not run.config_path.is_file():
+    if not is_model and not RunDirectory(source).config_path.is_file():
         raise CheckpointError(
             f"{source}: holds no config.json, {ADAPTER_CONFIG} or run; give a run directory, a model folder or an "
             "adapter folder"
         )
-    folder = source if is_model else run.model_dir
+    folder = source if is_model else RunDirectory(source).model_dir
     if not folder.is_dir():
         raise CheckpointError(
             f"{source}: this run has no result yet (no model/ in it); end it with the same `phi3v train` command"
         )
-    # A model folder belongs to the run around it under its own name only: RUN/checkpoints/... and copies do not.
-    is_of_run = folder.resolve() == run.model_dir.resolve() and run.config_path.is_file()
-    settings = (run.config() or {}) if is_of_run else {}
+    run = run_of(folder)
+    settings = (run.config() or {}) if run else {}
     adapter = is_adapter(folder)
     if base is not None and not adapter:
         raise ConfigError(f"--base {base}: {folder} is a whole model and stands on no other; leave --base out")
-    trained_mode = settings.get("rope_mode") or rope_mode or "auto"
     return Trained(
         folder=folder,
-        run=run if is_of_run else None,
+        run=run,
         settings=settings,
         base=(base or base_of_adapter(folder)) if adapter else None,
-        rope_mode=trained_mode,
+        rope_mode=(trained_rope_mode(run, settings) if run else None) or rope_mode or "auto",
     )
 
 

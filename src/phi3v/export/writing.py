@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..errors import CapacityError
+from ..config import RopeMode
+from ..errors import CapacityError, CheckpointError
 from ..model.checkpoint import DTYPES, base_of, dtype_of_folder, load_model, merge_adapter, save_model
 from ..model.placement import resolve_device
 from ..model.processing_phi3_v import Phi3VProcessor
 from .comparison import Comparison, compare_greedy, near_tie_of, relative_difference, tolerance_of
+from .layout import settle_rope_factors, settle_stop_tokens
 from .readings import (
     GREEDY_TOKENS,
     Readings,
@@ -39,7 +41,7 @@ def write_and_compare(
     *,
     samples: Samples,
     dtype: str,
-    settle: Callable[[Any], None] = lambda model: None,
+    rope_mode: RopeMode | None = None,
     prepare: Callable[[Path], None] = lambda folder: None,
     read: Read,
     say: Say,
@@ -57,16 +59,16 @@ def write_and_compare(
     Args:
         trained: what to write.
         processor: goes into the folder, with its ``num_crops``.
-        folder: where to; replaced if it is there.
+        folder: where to; not there yet.
         samples: what to compare on.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as the weights are saved (an adapter's base's).
-        settle: makes the last changes to the model's configuration before it is written.
+        rope_mode: LongRoPE factors that the folder will lead every loader to; None: as trained.
         prepare: makes the last changes to the folder before it is read.
         read: loads the folder and reads the samples: ``read_folder`` or ``read_in_fresh_process``.
         say: shows progress.
 
     Raises:
-        CheckpointError: a folder is damaged, or cannot be loaded again.
+        CheckpointError: a folder is damaged, or cannot be loaded again, or does not match the trained model.
         CapacityError: too little disk space for the weights.
     """
     device = resolve_device("auto")
@@ -91,7 +93,9 @@ def write_and_compare(
     rounded = names_to_round(model, saved_dtype)
     model = model.to(saved_dtype)
     model.config.dtype = saved_dtype
-    settle(model)
+    written_mode = rope_mode or trained.rope_mode
+    settle_stop_tokens(model, processor)
+    settle_rope_factors(model, written_mode)
     say(f"Writing {_name(saved_dtype)} weights ...")
     save_model(model, processor, folder, max_shard_size=SHARD_SIZE)
     prepare(folder)
@@ -110,8 +114,10 @@ def write_and_compare(
     of_written = read(folder, samples, device)
     rounding_difference = float(noise.norm() / of_trained.logits.norm())
     rounding_max = float(noise.abs().max())
-    return Comparison(
+    comparison = Comparison(
         dtype=_name(saved_dtype),
+        trained_rope_mode=trained.rope_mode,
+        written_rope_mode=written_mode,
         num_samples=len(encoded),
         num_logits=of_trained.logits.shape[0],
         same_inputs=of_written.digests == of_trained.digests,
@@ -134,6 +140,12 @@ def write_and_compare(
             near_tie=near_tie_of(of_trained.logits, rounding_max),
         ),
     )
+    if problems := comparison.problems():
+        raise CheckpointError(
+            f"what was written does not answer as {trained.folder} does and was removed: {' '.join(problems)} "
+            f"({comparison})"
+        )
+    return comparison
 
 
 def _require_disk_space(model: Any, dtype: torch.dtype, folder: Path) -> None:
@@ -147,7 +159,7 @@ def _require_disk_space(model: Any, dtype: torch.dtype, folder: Path) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise CapacityError(
-            f"{folder.parent}: {_name(dtype)} weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"{folder.name}: {_name(dtype)} weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
             "choose an output folder on another disk"
         )
 

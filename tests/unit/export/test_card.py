@@ -15,12 +15,13 @@ from phi3v.runlog import RunDirectory
 
 EXPORTED = Exported(
     name="me/mine",
-    rope_mode="auto",
     short_positions=4096,
     num_crops=3,
     use_auto_map=True,
     comparison=Comparison(
         dtype="bfloat16",
+        trained_rope_mode="auto",
+        written_rope_mode="auto",
         num_samples=4,
         num_logits=31,
         same_inputs=True,
@@ -115,7 +116,7 @@ def test_what_vllm_should_be_told_follows_from_the_longest_sample(
 
 @pytest.mark.parametrize("mode", ["short", "long"])
 def test_a_fixed_mode_needs_no_setting_of_the_server(mode: Any, trained: Trained) -> None:
-    card = model_card(trained, replace(EXPORTED, rope_mode=mode))
+    card = model_card(trained, replace(EXPORTED, comparison=replace(EXPORTED.comparison, written_rope_mode=mode)))
     assert f"the {mode} factors stand in both places" in card
     assert "serve it with" not in card
 

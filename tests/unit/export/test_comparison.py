@@ -20,6 +20,8 @@ from phi3v.export.comparison import (
 STOP = 9
 PASSES = Comparison(
     dtype="bfloat16",
+    trained_rope_mode="auto",
+    written_rope_mode="auto",
     num_samples=2,
     num_logits=7,
     same_inputs=True,
@@ -49,6 +51,7 @@ def test_a_sound_one_passes() -> None:
         ({"merge_difference": 2e-4}, "before any rounding"),
         ({"reload_difference": 2e-4}, "do not hold the model"),
         ({"reload_difference": float("nan")}, "do not hold the model"),
+        ({"reload_difference": 2e-4, "written_rope_mode": "long"}, "rope_mode auto and was to be written with long"),
         ({"relative_difference": 0.06}, "than rounding explains.*--dtype float32"),
         ({"relative_difference": float("nan")}, "than rounding explains"),
         ({"adapter_effect": 0.03}, "adapter's effect is lost.*--dtype float32"),

@@ -1,5 +1,6 @@
 """``phi3v export``: complete and checked under its name, or not there, with the reason."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from phi3v.export.comparison import Comparison
 from phi3v.export.readings import read_folder
 from phi3v.export.run import export_model
 from phi3v.model.checkpoint import load_processor, save_model
+from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,8 @@ def test_the_check_is_on_record(exported: tuple[Path, Comparison], lora_run: Pat
     assert 1e-4 < comparison.relative_difference < comparison.tolerance < 0.2
     assert comparison.merge_difference is not None and comparison.merge_difference < 1e-5
     assert comparison.reload_difference < 1e-5 and comparison.greedy.samples == 3
-    assert record["rope_mode"] == {"trained": "auto", "exported": "auto"}
+    modes = [record["comparison"][f"{which}_rope_mode"] for which in ("trained", "written")]
+    assert modes == ["auto", "auto"]
     assert record["versions"]["torch"] == torch.__version__
     others = sorted(file for file in folder.iterdir() if file.name != "export_check.json")
     assert record["files"] == {
@@ -138,13 +141,13 @@ def test_another_rope_mode_than_trained_is_refused_where_it_shows(
     rundir.mkdir()
     early_long_dir.rename(rundir / "model")
     (rundir / "config.yaml").write_text(f"rope_mode: auto\ntrain_data: [{data}]\n")
-    with pytest.raises(CheckpointError, match="trained with rope_mode auto and was to be exported with short"):
+    with pytest.raises(CheckpointError, match="trained with rope_mode auto and was to be written with short"):
         export_model(rundir, tmp_path / "out", rope_mode="short")
     assert not (tmp_path / "out").exists()
     (rundir / "config.yaml").write_text(f"rope_mode: short\ntrain_data: [{data}]\n")
     assert export_model(rundir, tmp_path / "out").relative_difference < 1e-6  # trained short, exported short
-    record = json.loads((tmp_path / "out" / "export_check.json").read_text())
-    assert record["rope_mode"] == {"trained": "short", "exported": "short"}
+    comparison = json.loads((tmp_path / "out" / "export_check.json").read_text())["comparison"]
+    assert (comparison["trained_rope_mode"], comparison["written_rope_mode"]) == ("short", "short")
 
 
 @pytest.mark.usefixtures("_reads_here")
@@ -157,6 +160,20 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(CapacityError, match="are free"):
         export_model(tiny_dir, tmp_path / "out", data=[data])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_reads_here")
+def test_a_disk_that_fills_while_it_is_written_is_told_and_nothing_stays(
+    tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "tokenizer.json")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Phi3VProcessor, "save_pretrained", fail)
+    with pytest.raises(CapacityError, match=r"out was not written: the disk is full.*Make room"):
+        export_model(tiny_dir, tmp_path / "out", data=[data])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_is_in_use_is_left_alone(tiny_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A merge is called done only when the merged folder answers as its adapter does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_merge_that_lost_the_adapter_is_removed(
 
     real = writing.merge_adapter
     monkeypatch.setattr(writing, "merge_adapter", forgetful)
-    with pytest.raises(CheckpointError, match="does not answer as the adapter does and was removed"):
+    with pytest.raises(CheckpointError, match=r"does not answer as .*adapter does and was removed"):
         merge_and_verify(adapter, tmp_path / "merged", data=[data])
     assert not (tmp_path / "merged").exists()
 
@@ -89,6 +90,50 @@ def test_the_data_of_the_run_is_the_default(adapter: Path, data: Path, tmp_path:
         merge_and_verify(run / "model", tmp_path / "merged")
     (run / "config.yaml").write_text(f"train_data: [{data}]\n")
     assert merge_and_verify(run / "model", tmp_path / "merged").num_samples == 2
+
+
+@pytest.mark.parametrize("mode", ["short", "long"])
+def test_factors_that_the_run_fixed_stay_fixed(mode: str, adapter: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    adapter.rename(run / "model")
+    (run / "config.yaml").write_text(f"train_data: [{data}]\nrope_mode: {mode}\n")
+    assert merge_and_verify(run / "model", tmp_path / "merged").relative_difference < 1e-5
+    factors = json.loads((tmp_path / "merged" / "config.json").read_text())["rope_scaling"]
+    assert factors["short_factor"] == factors["long_factor"]
+    ids = torch.tensor([[1, 32010, 29871, 13, 1170]])
+    with torch.no_grad():
+        trained, merged = load_model(run / "model", rope_mode=mode), load_model(tmp_path / "merged")
+        assert (trained(ids).logits - merged(ids).logits).abs().max() < 1e-4
+
+
+def test_what_is_not_checked_has_no_name(
+    adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3v.export import merge
+
+    seen: list[Path] = []
+
+    def interrupted(folder: Path, *_: object) -> object:
+        seen.extend(path for path in tmp_path.iterdir() if path.name == "merged")
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(merge, "read_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_and_verify(adapter, tmp_path / "merged", data=[data])
+    assert seen == [] and sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_without_a_processor_takes_that_of_the_base_that_is_named(
+    adapter: Path, tiny_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (adapter / name).unlink()
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/gone/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merged = merge_and_verify(adapter, tmp_path / "merged", base=str(tiny_dir), data=[data])
+    assert merged.same_inputs and merged.relative_difference < 1e-5
 
 
 def test_what_cannot_be_merged_is_named(adapter: Path, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
