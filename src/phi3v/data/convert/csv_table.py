@@ -16,6 +16,10 @@ from .writer import Conversion, NativeWriter, OnBadSample
 MAX_LABELS = 1000
 """Most different answers that ``labels`` takes for a closed set; every sample repeats them all."""
 
+MAX_CELL_CHARS = 2**24
+"""Longest cell that is read, characters: longer than any sample that can be trained on. A quote that never ends makes
+the rest of a table one cell."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DELIMITERS = {".tsv": "\t", ".tab": "\t"}
 _DELIMITER_NAMES = {"tab": "\t", "\\t": "\t"}
@@ -189,6 +193,7 @@ class _Table:
             reader = csv.reader(self._lines(file), delimiter=self._delimiter, strict=True)
             while True:
                 line = reader.line_num + 1
+                others_limit = csv.field_size_limit(MAX_CELL_CHARS)  # one limit for all readers of the process
                 try:
                     values = next(reader)
                 except StopIteration:
@@ -199,6 +204,8 @@ class _Table:
                         f'{error}. A quote that stands for itself is written twice, ""; a quoted cell ends with a '
                         "quote."
                     ) from error
+                finally:
+                    csv.field_size_limit(others_limit)
                 if any(value.strip() for value in values):
                     yield _Row(self.path, line, [value.replace("\r\n", "\n") for value in values])
 

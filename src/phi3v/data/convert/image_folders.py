@@ -116,7 +116,10 @@ def convert_image_folders(
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns images and other files below a folder, as sorted paths relative to it with / between their parts."""
+    """Returns images and other files below a folder, as sorted paths relative to it with / between their parts.
+
+    Hidden files and folders are passed over.
+    """
     images, others = [], []
     for path in _files(folder, "", 0):
         (images if Path(path).suffix.lower() in _image_suffixes() else others).append(path)
@@ -126,6 +129,8 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 def _files(folder: Path, prefix: str, depth: int) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name.startswith("."):  # what editors and systems leave behind, copies of images among it
+                continue
             if entry.is_dir() and (depth < _MAX_LINK_DEPTH or not entry.is_symlink()):
                 yield from _files(folder / entry.name, f"{prefix}{entry.name}/", depth + 1)
             else:

@@ -3,6 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ...errors import DataError
 from ..schema import SampleError, sample_error
 from . import cauldron
 from .records import SourceRecord, check_counts, release_files, release_image_folders, release_records
@@ -90,6 +91,7 @@ def _convert_release(
     limit: int | None,
     progress: bool,
 ) -> None:
+    files = _without_bare_test(files, writer, image_dir, limit)
     root, folders = release_image_folders(files, IMAGE_FOLDERS, image_dir, "images")
     images = SourceImages(writer, root, copy_images=copy_images)
     for split, file in files.items():
@@ -100,6 +102,25 @@ def _convert_release(
                 writer.skip(error)
                 continue
             writer.add(split, _sample(name, turn), where=record.where)
+
+
+def _without_bare_test(
+    files: dict[str, Path], writer: NativeWriter, image_dir: Path | None, limit: int | None
+) -> dict[str, Path]:
+    """Returns the files but for the test split's if its images are not there: the release has them apart.
+
+    Its sentences are counted as left out. A file that was named itself stays.
+    """
+    if len(files) == 1 or "test" not in files:
+        return files
+    test = {"test": files["test"]}
+    try:
+        release_image_folders(test, IMAGE_FOLDERS, image_dir, "images")
+    except DataError as error:
+        for _ in release_records(files["test"], writer, limit=limit, progress=False):
+            writer.leave_out(SampleError(str(error), "test split without its images"))
+        return {split: file for split, file in files.items() if split != "test"}
+    return files
 
 
 def _turn(record: SourceRecord, folder: PurePosixPath, images: SourceImages) -> tuple[str, dict[str, Any]]:

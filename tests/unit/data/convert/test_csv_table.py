@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def convert(tmp_path, image_folder):
 
 def native(name, image, user, assistant, **keys):
     return {"id": name, "conversations": [{"images": image, "user": user, "assistant": assistant, **keys}]}
+
+
+def test_long_cells_are_read_and_the_limit_of_other_readers_stays(convert, tmp_path):
+    before = csv.field_size_limit()
+    convert("image,question,answer\nred.png,q," + "word " * 40_000)
+    assert natives(tmp_path / "out" / "table_train.jsonl")[0]["conversations"][0]["assistant"].count("word") == 40_000
+    assert csv.field_size_limit() == before
 
 
 TABLE = """\

@@ -113,13 +113,21 @@ def test_only_training_images_are_held_out_of_a_tree_with_splits(convert):
 
 
 def test_other_files_are_counted_and_listed_but_stop_nothing(convert, tmp_path):
-    conversion = convert(*PETS, "README.md", "dog/.DS_Store", "dog/deep/er/list.txt", "dog/clip.mp4")
+    conversion = convert(*PETS, "README.md", "dog/notes", "dog/deep/er/list.txt", "dog/clip.mp4")
     assert conversion.samples == {"train": 3}
     assert conversion.skipped == {"no image file": 4}
     assert f"{tmp_path}/pets/dog/clip.mp4: the file is no image by its name. Images end in .apng, " in str(conversion)
     names = [f"{number}.txt" for number in range(30)]
     listed = str(convert(*names, output="more"))
     assert "left out: 34 x no image file" in listed and "and 24 more" in listed
+
+
+def test_hidden_files_and_folders_are_neither_images_nor_classes(convert, tmp_path):
+    hidden = (".ipynb_checkpoints/1-checkpoint.png", "dog/._z.png", "dog/.ipynb_checkpoints/z.png", "dog/.DS_Store")
+    convert(*PETS)
+    before = natives(tmp_path / "out" / "pets_train.jsonl")
+    conversion = convert(*PETS, *hidden, output="again")
+    assert (natives(conversion.files["train"]), conversion.skipped) == (before, {})
 
 
 @pytest.mark.parametrize(("stray", "layout"), [("loose.png", "CLASS/IMAGE"), ("dog/puppies/1.png", "CLASS/IMAGE")])

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_images_elsewhere_and_copied(tmp_path, read_back):
         )
     )
     assert len(list((tmp_path / "out/images").rglob("*.png"))) == 6
+
+
+def test_a_test_split_without_its_images_is_left_out_and_counted(tmp_path, read_back):
+    release = write_nlvr2_release(tmp_path / "release")
+    shutil.rmtree(release / "test1")
+    conversion = convert_nlvr2(str(release), tmp_path / "out", progress=False)
+    read_back(conversion)
+    assert (conversion.samples, conversion.skipped) == ({"train": 2, "val": 1}, {"test split without its images": 1})
+    assert "test1.json: the folder of its images is not there" in str(conversion)
+    with pytest.raises(DataError, match=r"test1.json: the folder of its images is not there .* set image_dir"):
+        convert_nlvr2(str(next(release.rglob("test1.json"))), tmp_path / "other", progress=False)
 
 
 SENTENCE = {"identifier": "dev-850-0-1", "sentence": "They sit.", "label": "True"}

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,83 @@ def test_images_are_written_and_copied_once(tmp_path):
     writer.write_image("a/elm.png", b"a whole elm, where one cut short was")
     assert elm.read_bytes() == b"a whole elm, where one cut short was"
     assert [path.name for path in elm.parent.iterdir()] == ["elm.png"]
+
+
+def test_a_copy_follows_its_source_also_where_the_size_stays(tmp_path):
+    source, copy = tmp_path / "oak.bmp", tmp_path / "out" / "images" / "oak.bmp"
+    source.write_bytes(b"green")
+    writer = NativeWriter(tmp_path / "out", "trees")
+    writer.copy_image(source, "oak.bmp")
+    first = copy.stat().st_ino
+    writer.copy_image(source, "oak.bmp")
+    assert copy.stat().st_ino == first
+    source.write_bytes(b"brown")
+    os.utime(source, (1_000, 1_000))  # an older file may take the place of a newer one
+    writer.copy_image(source, "oak.bmp")
+    assert copy.read_bytes() == b"brown"
+    writer.write_image("oak.bmp", b"black")
+    assert copy.read_bytes() == b"black"
+
+
+SHOWN = {"images": ["oak.png"]}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        (record("1", **SHOWN), record("1", **SHOWN)),
+        (record("1", **SHOWN), {"id": "1", "conversations": [{"user": "And now?", "assistant": "Elm", **SHOWN}]}),
+        (record("val-1", **SHOWN), record("train-1", **SHOWN)),
+        (record("1"), record("1")),
+    ],
+    ids=["the same", "another question", "another id", "text"],
+)
+def test_a_sample_that_an_earlier_conversion_put_into_another_split_is_refused(tmp_path, earlier, now):
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("train", record("another"), where="a:1")
+        writer.add("val", earlier, where="a:2")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(DataError, match=r"trees_val.jsonl is an earlier conversion's .* in train, such as '.*1'"),
+        NativeWriter(tmp_path, "trees") as writer,
+    ):
+        writer.add("train", now, where="a:2")
+    assert contents(tmp_path) == before
+
+
+def test_other_splits_of_an_earlier_conversion_stay_and_are_told(tmp_path):
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("val", record("1"), where="val.csv:1")
+        writer.add("val", record("2", images=["elm.png"]), where="val.csv:2")
+    with NativeWriter(tmp_path, "trees_few") as writer:
+        writer.add("train", record("1", **SHOWN), where="few.csv:1")
+    before = contents(tmp_path)
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("train", record("1", **SHOWN), where="train.csv:1")
+        writer.add("train", record("train-1"), where="train.csv:2")
+    assert writer.conversion.others == [tmp_path / "trees_val.jsonl"]
+    assert f"left as they were, of an earlier conversion: {tmp_path / 'trees_val.jsonl'}" in str(writer.conversion)
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
+def test_a_second_conversion_at_the_same_time_is_refused_and_harms_nothing(tmp_path):
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("train", record("1"), where="a:1")
+        with (
+            pytest.raises(DataError, match=r"another conversion is writing to this folder. Wait for its end"),
+            NativeWriter(tmp_path, "trees") as other,
+        ):
+            other.add("train", record("2"), where="a:1")
+        writer.add("train", record("3"), where="a:2")
+    assert contents(tmp_path) == {"trees_train.jsonl": "".join(json.dumps(record(name)) + "\n" for name in ("1", "3"))}
+
+
+def test_what_a_killed_conversion_has_begun_goes_with_the_next(tmp_path):
+    (tmp_path / ".trees_train.jsonl.1.writing").write_text("half")
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("train", record("1"), where="a:1")
+    assert list(contents(tmp_path)) == ["trees_train.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["../oak.png", "a/../../oak.png", "/oak.png"])
