@@ -100,7 +100,7 @@ def export_model(
     say(f"{output_dir} is complete: {comparison}")
     if repository is not None:
         say(f"Uploading to {repository.repo_id} ...")
-        say(f"Uploaded: {repository.upload(output_dir)}")
+        say(f"Uploaded: {repository.upload(output_dir, say)}")
     return comparison
 
 

@@ -195,7 +195,7 @@ def test_only_a_checked_folder_is_uploaded(
             self.repo_id = repo_id
             events.append((repo_id, is_private))
 
-        def upload(self, folder: Path) -> str:
+        def upload(self, folder: Path, say: object) -> str:
             events.append(sorted(file.name for file in folder.iterdir())[:2])
             return "there"
 

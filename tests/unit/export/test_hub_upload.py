@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub import HfApi
 
 from phi3v.errors import ConfigError, Phi3VError
 from phi3v.export.hub import HubRepository
@@ -49,6 +50,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        if "/tree/" in self.path:
+            repo_id = self.path.removeprefix("/api/models/").partition("/tree/")[0]
+            held = self.server.files[repo_id].items()
+            files = [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in held]
+            return self.answer(200, files)
         known = self.path == "/api/whoami-v2"
         return self.answer(200 if known else 404, {"name": "me", "type": "user", "orgs": []})
 
@@ -77,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[repo_id][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del self.server.files[repo_id][line["value"]["path"]]
             self.server.commits += 1
             where = f"{self.server.address}/{repo_id}/commit/abc"
             return self.answer(200, {"commitUrl": where, "commitOid": "abc", "success": True})
@@ -106,13 +114,49 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_file_arrives(hub: Hub, folder: Path) -> None:
-    address = HubRepository("me/mine", is_private=True).upload(folder)
+    address = HubRepository("me/mine", is_private=True).upload(folder, print)
     assert address == f"{hub.address}/me/mine"
     assert hub.files == {"me/mine": {file.name: file.read_bytes() for file in folder.iterdir()}}
     assert hub.private == {"me/mine": True} and hub.commits == 1
     (folder / "README.md").write_text("# Better\n")
-    HubRepository("me/mine", is_private=False).upload(folder)  # it is there: the files are replaced, it stays private
+    HubRepository("me/mine", is_private=False).upload(
+        folder, print
+    )  # it is there: the files are replaced, it stays private
     assert hub.files["me/mine"]["README.md"] == b"# Better\n" and hub.private == {"me/mine": True}
+
+
+def test_what_loaders_would_mix_up_with_it_goes_away_in_the_same_commit(hub: Hub, folder: Path) -> None:
+    kept = {"LICENSE", "card-picture.png", "checkpoints/model.safetensors", ".gitattributes", "[x].gguf"}
+    stale = {"adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors",
+             "model.safetensors.index.json", "pytorch_model.bin", "processor_config.json"}  # fmt: skip
+    hub.files["me/mine"] = dict.fromkeys([*kept, *stale, "weights.safetensors"], b"old")
+    told: list[str] = []
+    HubRepository("me/mine", is_private=False).upload(folder, told.append)
+    assert hub.files["me/mine"].keys() == kept | {"README.md", "weights.safetensors"}
+    assert hub.files["me/mine"]["weights.safetensors"] == bytes(range(256)) and hub.commits == 1
+    assert len(told) == 1 and all(name in told[0] for name in stale) and "LICENSE" not in told[0]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError(f"Error while uploading 'model.safetensors' to the Hub. Bearer {TOKEN}"),  # large files
+        ValueError("LFS batch API returned errors: https://s3.example.org/x?X-Amz-Signature=0a1b2c3d4e5f"),
+        RuntimeError("Data processing error: CAS service error"),  # hf_xet's
+    ],
+)
+def test_a_failed_upload_of_large_files_keeps_the_folder_and_says_so(
+    failure: Exception, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure from OSError("connection reset")
+
+    repository = HubRepository("me/mine", is_private=False)
+    monkeypatch.setattr(HfApi, "upload_folder", fail)
+    with pytest.raises(Phi3VError, match=r"complete and checked, but was not uploaded.*hf upload me/mine") as told:
+        repository.upload(folder, print)
+    assert str(failure)[:20] in str(told.value)
+    assert TOKEN not in str(told.value) and "0a1b2c3d4e5f" not in str(told.value)
 
 
 @pytest.mark.parametrize("token", ["hf_mistyped", None])
@@ -133,7 +177,7 @@ def test_a_refused_upload_keeps_the_folder_and_says_so(hub: Hub, folder: Path) -
     repository = HubRepository("me/mine", is_private=False)
     hub.refuses_commits = True
     with pytest.raises(Phi3VError, match=r"complete and checked, but was not uploaded.*403.*hf upload me/mine") as told:
-        repository.upload(folder)
+        repository.upload(folder, print)
     assert TOKEN not in str(told.value)
 
 
