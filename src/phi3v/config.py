@@ -28,7 +28,6 @@ FOUR_BIT_PARTS: tuple[Part, ...] = ("vision", "projector", "decoder")
 Metric = Literal["accuracy", "exact_match", "anls", "vqa_accuracy", "relaxed_accuracy", "f1"]
 Scoring = Literal["generate", "likelihood", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Attention = Literal["sdpa", "eager"]
 RopeMode = Literal["auto", "short", "long"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -92,12 +91,6 @@ class RunConfig:
         "Number format of the computation. Auto: bf16 on a GPU that has it, else fp32.",
         default="auto",
         familiar_names=("bf16", "fp16"),
-    )
-    attention: Attention = setting(
-        HARDWARE,
-        "Attention implementation.",
-        default="sdpa",
-        familiar_names=("attn_implementation", "use_flash_attention"),
     )
     device: Device = setting(HARDWARE, "Where to run. Auto: the GPU if there is one.", default="auto")
     progress: bool = setting(LOGGING, "Show progress bars.", default=True, familiar_names=("disable_tqdm", "no_tqdm"))
@@ -449,6 +442,10 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         _check_labels("eval_labels", self.eval_labels)
         for part in self.lora_parts or []:
+            if part not in LORA_PARTS:
+                raise ConfigError(
+                    f"lora_parts names {part!r}, which takes no adapters; allowed: {', '.join(LORA_PARTS)}"
+                )
             if part in self.frozen_parts:
                 raise ConfigError(
                     f"lora_parts names {part!r}, which freeze leaves untrained; take it out of one of them"

@@ -178,7 +178,7 @@ def test_generate_shows_the_images_in_order(
     images = [f"--image={tmp_path / 'b.png'}", "--image", str(tmp_path / "a.png")]
     options = ["--num-crops", "16", "--precision=fp32", "--device=cpu", "--rope_mode", "long"]
     assert main(["generate", "--model", "m", *images, "--prompt", "What - is = it?", *options]) == 0
-    assert loads == [(("m",), {"dtype": "float32", "attention": "sdpa", "rope_mode": "long", "device": "cpu"})]
+    assert loads == [(("m",), {"dtype": "float32", "rope_mode": "long", "device": "cpu"})]
     assert processors == [(("m",), {"num_crops": 16})]
     (model, processor, prompt, shown), rest = calls[0]
     assert (model, processor, prompt) == ("the model", "the processor", "What - is = it?")

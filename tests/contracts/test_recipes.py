@@ -79,7 +79,7 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--learning_rate 1e-3", {"learning_rate": 1e-3}),
     ("--wd 0.5", {"weight_decay": 0.5}),
     ("--bf16", {"precision": "bf16"}),
-    ("--use_flash_attention", {"precision": "bf16", "attention": "sdpa"}),
+    ("--use_flash_attention", {"precision": "bf16"}),
     ("--use_lora", {"method": "lora", "lora_rank": 64, "lora_alpha": 128.0, "lora_dropout": 0.0}),
     ("--use_qlora --lora_rank 8", {"method": "qlora", "lora_rank": 8, "lora_alpha": 16.0}),
     ("--use_lora --lora_alpha_ratio 0.5", {"lora_alpha": 32.0}),

@@ -151,6 +151,21 @@ def test_shared_run_killed_within_epochs(tiny_dir: Path, tmp_path: Path) -> None
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_frequencies_may_change_when_a_run_goes_on(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"eval_data": [data / "eval.jsonl"], "eval_max_new_tokens": 1, "eval_before": False}
+    rare = {"save_steps": 2, "logging_steps": 2, "eval_steps": None}
+    config = make_config(tiny_dir, data, tmp_path / "run", **settings, **rare)
+    assert train_in_child(config, patch(Phi3VTrainer, "micro_step", die_at_call(6))) == -signal.SIGKILL
+    often = {"save_steps": 1, "logging_steps": 1, "eval_steps": 2, "keep_checkpoints": 9}
+    assert train_in_child(make_config(tiny_dir, data, tmp_path / "run", **settings, **often)) == 0
+    run = RunDirectory(tmp_path / "run")
+    assert [line["step"] for line in run.steps()] == [2, 3, 4, 5, 6]
+    # The score of step 2 would have been due, so it is taken late. All are 0, and the earliest of equals is the best.
+    scored = [(2, "during"), (4, "during"), (6, "during"), (2, "after")]
+    assert [(line["step"], line["when"]) for line in run.evals()] == scored
+    assert {path.name for path in run.checkpoints_dir.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(2, 7)}
+
+
 @pytest.mark.slow
 def test_command_killed_at_random_times(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     """The same through the real command, with real signals at moments nobody chose."""

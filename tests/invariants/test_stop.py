@@ -47,16 +47,16 @@ STOPS = {
     "taking the score before training": (ask_at_call(evaluation, "evaluate_model", 1), []),
     # From the scheduler, and passed on by torchrun: one request.
     "in step 1, by two signals": (ask_at_call(Phi3VTrainer, "compute_loss", 1, signals=2), [1]),
-    "in step 3, after which a score is due": (ask_at_call(Phi3VTrainer, "compute_loss", 3), [1, 3]),
-    # In this start the score of step 3 is taken first.
-    "taking the score that was left out": (ask_at_call(evaluation, "evaluate_model", 1), [1, 3]),
-    "taking the score of step 6, the last one": (ask_at_call(evaluation, "evaluate_model", 2), [3, 6]),
+    "in step 4, after which a score is due": (ask_at_call(Phi3VTrainer, "compute_loss", 5), [1, 4]),
+    # In this start the score of step 4 is taken first.
+    "taking the score that was left out": (ask_at_call(evaluation, "evaluate_model", 1), [1, 4]),
+    "taking the score of step 6, due as the last one": (ask_at_call(evaluation, "evaluate_model", 2), [4, 6]),
     # First the score of step 6 is taken; the one after training is taken over from it.
 }
 
 
 def test_full_run_stopped_everywhere(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
-    settings = {"eval_data": [data / "eval.jsonl"], "eval_steps": 3, "eval_max_new_tokens": 2, "save_steps": None}
+    settings = {"eval_data": [data / "eval.jsonl"], "eval_steps": 4, "eval_max_new_tokens": 2, "save_steps": None}
     whole = make_config(tiny_dir, data, tmp_path / "whole", **settings)
     assert train_in_child(whole) == 0
     stopped = make_config(tiny_dir, data, tmp_path / "stopped", num_workers=1, **settings)

@@ -16,7 +16,6 @@ from phi3v.cli.data import data
 from phi3v.cli.export import export, merge
 from phi3v.config import (
     SECTIONS,
-    Attention,
     Device,
     EvalConfig,
     Precision,
@@ -105,7 +104,6 @@ def generate(arguments: Sequence[str]) -> None:
         help="most crops an image is cut into (default: the model's own)",
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: auto")
-    parser.add_argument("--attention", choices=get_args(Attention), default="sdpa", help="default: sdpa")
     parser.add_argument("--rope_mode", choices=get_args(RopeMode), default="auto", help="default: auto")
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
     options = parser.parse_args(with_underscores(arguments))
@@ -117,9 +115,7 @@ def generate(arguments: Sequence[str]) -> None:
     device = resolve_device(options.device)
     dtype = DTYPE_NAMES[resolve_precision(options.precision, device)]
     processor = load_processor(options.model, num_crops=options.num_crops)
-    model = load_model(
-        options.model, dtype=dtype, attention=options.attention, rope_mode=options.rope_mode, device=device
-    )
+    model = load_model(options.model, dtype=dtype, rope_mode=options.rope_mode, device=device)
     answer = generate_once(
         model,
         processor,

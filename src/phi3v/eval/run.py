@@ -115,7 +115,6 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
     model = load_model(
         config.model,
         dtype=DTYPE_NAMES[precision],
-        attention=config.attention,
         rope_mode=config.rope_mode,
         device=device,
     )

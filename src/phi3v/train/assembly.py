@@ -1,7 +1,7 @@
 """A run's trainer with everything that hangs on it: engine, checkpoints, guards, reporters, scores."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from phi3v.model.placement import DTYPE_NAMES
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import WindowReader, Windows
 from phi3v.train.callbacks import (
-    Best,
     Culprits,
     KeepBest,
     LogAtMilestones,
@@ -31,11 +30,10 @@ from phi3v.train.callbacks import (
     SpikeAlarm,
     StepReading,
     StopWhenAsked,
-    best_of,
     in_short,
 )
 from phi3v.train.engines.choose import open_engine
-from phi3v.train.evaluation import Scorer
+from phi3v.train.evaluation import Scorer, random_states_kept
 from phi3v.train.feature_cache import FeatureCache
 from phi3v.train.room import (
     Model,
@@ -44,6 +42,7 @@ from phi3v.train.room import (
     keeps_best,
     training_samples,
 )
+from phi3v.train.scores import Best, best_of
 from phi3v.train.start import Start
 from phi3v.train.state import gather
 from phi3v.train.stopping import Stop
@@ -90,10 +89,10 @@ def build_trainer(
         loss_weighting=config.loss_weighting,
         make_engine=partial(open_engine, config, room.precision),
         save_folder=lambda folder: save_checkpoint_model(room, trainer, model, folder),
-        commit_checkpoint=lambda step: commit_checkpoint(room, step),
+        commit_checkpoint=lambda step: commit_checkpoint(room, step, start.lost),
         staging=store.staging,
         evaluate_now=evaluate_now if scorer is not None and config.eval_steps is not None else None,
-        callbacks=[LogAtMilestones(), KeepBest(keeps_best(config), config.early_stopping_patience)],
+        callbacks=[LogAtMilestones(), KeepBest(keeps_best(config), config.early_stopping_patience, start.lost)],
     )
     trainer.remove_callback(PrinterCallback)
     add_guards(trainer, room, start, stop)
@@ -161,7 +160,8 @@ def score_during(room: Room, trainer: Phi3VTrainer, model: Model, scorer: Scorer
 
 def whole_model(room: Room, weights: Iterable[tuple[str, torch.Tensor]], precision: Precision) -> Model:
     """Returns a model that holds an engine's trained weights, whole, in ``precision``; all processes must ask."""
-    model = build_model(room.config, precision, room.args.device)
+    with random_states_kept(room.args.device):
+        model = build_model(room.config, precision, room.args.device)
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in weights:
@@ -177,16 +177,22 @@ def save_checkpoint_model(room: Room, trainer: Phi3VTrainer, model: Model, folde
         save_model(model, room.processor, folder, state=state)
 
 
-def commit_checkpoint(room: Room, step: int) -> None:
+def commit_checkpoint(room: Room, step: int, lost: Collection[int]) -> None:
     """Completes a checkpoint, notes the best one, and only then deletes what is no longer kept."""
     checkpoint = room.store.commit(step, room.identity)
-    best = note_best(room, checkpoint.trainer_state()["log_history"])
+    best = note_best(room, checkpoint.trainer_state()["log_history"], lost)
     room.store.prune(protect=() if best is None else (best.step,))
 
 
-def note_best(room: Room, log_history: Sequence[Mapping[str, Any]]) -> Best | None:
-    """Writes ``best.json``, on the writing process; returns the best score if the run keeps it."""
-    best = best_of(log_history) if keeps_best(room.config) else None
+def note_best(room: Room, log_history: Sequence[Mapping[str, Any]], lost: Collection[int]) -> Best | None:
+    """Writes ``best.json``, on the writing process; returns the best score if the run keeps it.
+
+    Args:
+        room: of the run.
+        log_history: Trainer's.
+        lost: as in ``Start``.
+    """
+    best = best_of(log_history, lost) if keeps_best(room.config) else None
     if best is not None and room.is_writer:
         room.run.write_best({"step": best.step, "score": best.score, "metric": room.config.eval_metric})
     return best

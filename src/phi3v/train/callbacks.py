@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from phi3v.errors import Phi3VError
 from phi3v.runlog import RunDirectory
+from phi3v.train.scores import best_of, is_out_of_patience
 from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tripwire import Range, Tripwire
 
 logger = logging.getLogger(__name__)
-
-SCORE_KEY = "eval_score"
-"""Name of a mid-run score in Trainer's log history."""
 
 MOST_SKIPPED_STEPS = 50
 """fp16 steps in a row without a finite gradient after which it is no longer the loss scale looking for its place: it
@@ -35,35 +33,6 @@ SAMPLES_NAMED = 8
 _STEP_FIELDS = (
     "loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "sharing", "memory_bytes", "elapsed_s",
 )  # fmt: skip
-
-
-class Best(NamedTuple):
-    """The best mid-run score so far; the earliest of equals."""
-
-    step: int
-    score: float
-
-
-def scores_in(log_history: Iterable[Mapping[str, Any]]) -> list[Best]:
-    """Returns the mid-run scores of a run's log history, in order."""
-    return [Best(entry["step"], entry[SCORE_KEY]) for entry in log_history if SCORE_KEY in entry]
-
-
-def best_of(log_history: Iterable[Mapping[str, Any]]) -> Best | None:
-    """Returns the best mid-run score, or None before the first.
-
-    >>> best_of([{"step": 1, "loss": 2.0}, {"step": 1, "eval_score": 0.5}, {"step": 2, "eval_score": 0.5}])
-    Best(step=1, score=0.5)
-    """
-    return max(scores_in(log_history), key=lambda best: best.score, default=None)
-
-
-def is_out_of_patience(log_history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-    """Says whether the last ``patience`` mid-run scores brought no new best."""
-    best = best_of(log_history)
-    if best is None or patience is None:
-        return False
-    return sum(score.step > best.step for score in scores_in(log_history)) >= patience
 
 
 class LogAtMilestones(TrainerCallback):
@@ -86,14 +55,16 @@ class KeepBest(TrainerCallback):
     Args:
         keep_best: whether a new best is saved.
         patience: scores in a row without a new best after which training stops; None: never.
+        lost: steps whose checkpoint was gone when the run started again: a new best need not be better than they were.
     """
 
-    def __init__(self, keep_best: bool, patience: int | None) -> None:
+    def __init__(self, keep_best: bool, patience: int | None, lost: Collection[int] = ()) -> None:
         self._keep_best = keep_best
         self._patience = patience
+        self._lost = lost
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        best = best_of(state.log_history)
+        best = best_of(state.log_history, self._lost)
         if self._keep_best and best is not None and best.step == state.global_step:
             control.should_save = True
         if is_out_of_patience(state.log_history, self._patience):

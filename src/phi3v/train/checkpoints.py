@@ -120,15 +120,24 @@ class CheckpointStore:
         tried: it is the user's to look at or to delete, and no later run takes it for a good one.
         """
         for step in sorted(self.steps(), reverse=True):
-            folder = self.folder(step)
-            problem = find_problem(folder)
-            if problem is None:
-                manifest = _read_manifest(folder)
-                return Checkpoint(folder, step, manifest["identity"])
+            if self.is_whole(step):
+                return Checkpoint(self.folder(step), step, _read_manifest(self.folder(step))["identity"])
+        return None
+
+    def is_whole(self, step: int) -> bool:
+        """Says whether the checkpoint of ``step`` is there and its every byte as its manifest says.
+
+        One that is there and fails is set aside, as ``newest`` says.
+        """
+        folder = self.folder(step)
+        if not folder.is_dir():
+            return False
+        problem = find_problem(folder)
+        if problem is not None:
             aside = _unused_name(folder.with_name(folder.name + _SET_ASIDE))
             folder.rename(aside)
             logger.warning("Checkpoint %s is not complete (%s): set aside as %s.", folder, problem, aside.name)
-        return None
+        return problem is None
 
     def steps(self) -> list[int]:
         """Lists the steps that have a checkpoint folder, in ascending order, without looking inside."""
@@ -152,8 +161,8 @@ class CheckpointStore:
                 self._discard(self.folder(step))
 
     def size_bytes(self) -> int:
-        """Counts the bytes of everything under the store's root."""
-        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        """Counts the bytes of the checkpoints; not of those set aside, which no later one takes the place of."""
+        return sum(path.stat().st_size for folder, _ in self._folders() for path in folder.rglob("*") if path.is_file())
 
     def _folders(self) -> Iterator[tuple[Path, int]]:
         if not self.root.is_dir():

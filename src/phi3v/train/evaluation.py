@@ -19,7 +19,7 @@ from phi3v.eval.answer import EvalSettings, Share
 from phi3v.eval.run import EvalResult, evaluate_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import EvalMoment, RunDirectory
-from phi3v.train.callbacks import SCORE_KEY
+from phi3v.train.scores import SCORE_KEY
 from phi3v.train.stopping import Stop
 from phi3v.train.tuning import Precision
 
@@ -145,15 +145,23 @@ class Scorer:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts the model into evaluation mode; afterwards its mode and all random states are what they were."""
     was_training = model.training
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    # This process's own GPU only: asking the others for their state would take memory on each of them.
-    gpus = [device] if device.type == "cuda" else []
     model.eval()
     try:
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        with random_states_kept(next(model.parameters()).device), torch.no_grad():
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Gives all random states back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # This process's own GPU only: asking the others for their state would take memory on each of them.
+    gpus = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from safetensors import SafetensorError
 from torch import distributed
 
@@ -16,6 +17,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 _HANDED_ON = re.compile(r"\ACaught \w+ in DataLoader worker process .*\n[\w.]+Error: ", re.DOTALL)
+_OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|NCCL.*out of memory|cublas.*ALLOC_FAILED", re.IGNORECASE | re.DOTALL)
 _LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Read timeout|gloo|NCCL|Timed out waiting"
 )
@@ -34,7 +36,7 @@ def explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
 
     Raises:
         StoppedError: the run was asked to stop; the message says how to go on.
-        CapacityError: the disk is full.
+        CapacityError: the disk is full, or the GPU.
         DataError: a sample cannot be read any more, though the check before training could.
         Phi3VError: a process that prepares samples died, or another process of the run.
     """
@@ -58,6 +60,12 @@ def explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
 
 def _explanation(error: OSError | SafetensorError | RuntimeError) -> tuple[type[Phi3VError], str] | None:
     text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+        return CapacityError, (
+            f"the GPU's memory did not suffice: {_first_line(text)} Lower micro_batch_tokens, or set checkpointing to "
+            "full: both may be changed in a run that goes on. More GPUs with parallel fsdp2, or method lora or qlora, "
+            "need less on each."
+        )
     is_full = error.errno in FULL_DISK if isinstance(error, OSError) else bool(_FULL_DISK_TEXT.search(text))
     if is_full:
         return CapacityError, f"the disk is full: {text}. Make room, and start the same command again."

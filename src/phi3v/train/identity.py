@@ -24,7 +24,7 @@ DECIDES = frozenset(
 
 ROUNDS = frozenset(
     {
-        "micro_batch_tokens", "micro_batch_crops", "micro_batch_size", "checkpointing", "attention", "device",
+        "micro_batch_tokens", "micro_batch_crops", "micro_batch_size", "checkpointing", "device",
         "parallel", "cpu_offload",
     }
 )  # fmt: skip
@@ -64,6 +64,7 @@ def identify(
     values["model"] = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     values["image_dir"] = None if config.image_dir is None else str(config.image_dir.resolve())
     values["freeze"] = sorted(config.freeze)
+    values["lora_parts"] = sorted(config.trained_parts) if config.trains_adapters else None
     values["four_bit_parts"] = sorted(config.four_bit_parts)
     return {
         "decides": {

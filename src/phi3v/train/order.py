@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -143,7 +144,7 @@ def epoch_order(
         return StemsTogether(stem_group_of, most=shared_questions, seed=seed)
     if sampling == "shuffle":
         return Shuffled(len(dataset), seed)
-    key_of = _last_answer if sampling == "class_balanced" else _shown_images
+    key_of = _last_answer if sampling == "class_balanced" else partial(_shown_images, dataset)
     numbers: dict[bytes, int] = {}
     group_of = np.empty(len(dataset), dtype=np.int64)
     for index in range(len(dataset)):
@@ -163,9 +164,9 @@ def _last_answer(sample: Sample) -> str:
     return sample.turns[-1].assistant
 
 
-def _shown_images(sample: Sample) -> tuple[str, ...]:
-    """Names the images that a sample shows; a sample without any stands alone."""
-    return tuple(sorted(sample.images)) or (sample.where,)
+def _shown_images(dataset: ConversationDataset, sample: Sample) -> tuple[str, ...]:
+    """Names the images that a sample shows, by their paths; a sample without any stands alone."""
+    return tuple(sorted(str(dataset.image_path(sample, name)) for name in sample.images)) or (sample.where,)
 
 
 def _generator(*seeds: int) -> np.random.Generator:

@@ -67,7 +67,8 @@ def most_checkpoints(config: TrainConfig) -> int:
     """Returns the most checkpoints on disk at once: a new one is complete before the oldest is deleted."""
     keeps_best = config.keep_best and config.eval_steps is not None
     if config.save_steps is None:
-        return 2 if keeps_best else 0
+        # Only new bests are saved, so that the best is the newest.
+        return config.keep_checkpoints + 1 if keeps_best else 0
     return config.keep_checkpoints + 1 + keeps_best
 
 

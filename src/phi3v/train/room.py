@@ -145,9 +145,7 @@ def build_model(
 ) -> Model:
     """Loads the model and makes trainable what the run trains."""
     load = partial(load_four_bit_model, parts=config.four_bit_parts) if config.method == "qlora" else load_model
-    model = load(
-        config.model, dtype=precision.weights, attention=config.attention, rope_mode=config.rope_mode, device=device
-    )
+    model = load(config.model, dtype=precision.weights, rope_mode=config.rope_mode, device=device)
     assert isinstance(model, Phi3VForCausalLM)
     model.compute = compute or Compute()
     select_trainable(model, config)

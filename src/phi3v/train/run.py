@@ -26,11 +26,7 @@ from phi3v.runlog import RunDirectory, environment, write_json
 from phi3v.train.activations import choose_activation_policy
 from phi3v.train.assembly import build_trainer, note_best, whole_model
 from phi3v.train.audit import audit
-from phi3v.train.callbacks import (
-    SCORE_KEY,
-    LateScore,
-    best_of,
-)
+from phi3v.train.callbacks import LateScore
 from phi3v.train.checkpoints import CheckpointStore
 from phi3v.train.data import check_data, choose_sharing
 from phi3v.train.engines.choose import require_engine
@@ -52,10 +48,12 @@ from phi3v.train.room import (
     training_arguments,
     training_samples,
 )
-from phi3v.train.start import RESULT_FILE, Start, decide_start, refuse_existing_run, sole_writer
+from phi3v.train.scores import SCORE_KEY
+from phi3v.train.start import RESULT_FILE, Start, best_whole, decide_start, refuse_existing_run, sole_writer
 from phi3v.train.stopping import Stop
 from phi3v.train.tuning import (
     IMAGE_PARTS,
+    Precision,
     choose_precision,
 )
 from phi3v.train.weights import restore_weights
@@ -142,7 +140,8 @@ def run_training(config: TrainConfig) -> Path:
                 is_rounded = round_to_base(model, config)
                 restore_weights(model, run.model_dir)
             if scorer is not None:
-                scorer.score(model, result_step, "after", may_reuse=not is_rounded)
+                may_reuse = not is_rounded and not scores_rounded_weights(config, precision)
+                scorer.score(model, result_step, "after", may_reuse=may_reuse)
             if room.is_writer:
                 write_report(run.path)
     return run.path
@@ -259,7 +258,12 @@ def train(
         if (weights := trainer.engine.weights(has_frozen=False)) is not None:
             model = whole_model(room, weights, room.precision)
         trainer.engine.close()
-    best = best_of(history) if keeps_best(room.config) else None
+    if not keeps_best(room.config):
+        return model, last_step
+    found = [best_whole(history, room.store, start.lost, last=last_step)[0] if room.is_writer else None]
+    if room.args.world_size > 1:
+        broadcast_object_list(found)
+    (best,) = found
     if best is None or best.step == last_step:
         return model, last_step
     logger.info("The result is step %d, whose score was the best: %.4f.", best.step, best.score)
@@ -273,7 +277,7 @@ def take_late_score(room: Room, model: Model, scorer: Scorer | None, start: Star
         return None
     restore_weights(model, start.checkpoint.folder)
     score = scorer.score(model, start.checkpoint.step, "during")
-    note_best(room, start.log_history(score))
+    note_best(room, start.log_history(score), start.lost)
     return score
 
 
@@ -290,9 +294,14 @@ def round_to_base(model: Model, config: TrainConfig) -> bool:
     return True
 
 
+def scores_rounded_weights(config: TrainConfig, precision: Precision) -> bool:
+    """Whether mid-run scores are of weights in 16 bit: engines that share weights out have no others at hand."""
+    return config.parallel != "ddp" and precision.name != "fp32" and not config.trains_adapters
+
+
 def save_result(room: Room, model: Model, step: int) -> None:
     """Writes ``RUN/model``."""
     if room.is_writer:
-        write_json(room.store.root / RESULT_FILE, {"step": step})
+        write_json(room.run.path / RESULT_FILE, {"step": step})
         save_model(model, room.processor, room.run.model_dir)
         logger.info("Step %d is saved in %s.", step, room.run.model_dir)

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import Any
 from phi3v.config import TrainConfig
 from phi3v.errors import CheckpointError
 from phi3v.runlog import RunDirectory, write_json
-from phi3v.train.callbacks import SCORE_KEY, is_out_of_patience, scores_in
 from phi3v.train.checkpoints import Checkpoint, CheckpointStore
 from phi3v.train.identity import require_same_run
+from phi3v.train.room import keeps_best
+from phi3v.train.scores import SCORE_KEY, Best, best_of, is_out_of_patience, scores_in
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "identity.json"
+"""What the directory's run is; beside the checkpoints and not among them, which a user may delete."""
+
 RESULT_FILE = "result.json"
+"""Which step's weights lie in ``RUN/model``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,13 @@ class Start:
         checkpoint: the newest complete one; None: training starts at step 0.
         result_step: the step whose weights lie in ``RUN/model``; None while there is no result.
         is_scored: whether the result's score is there too, or not asked for.
+        lost: steps with a score whose checkpoint is no longer there or damaged: none of them can be the result.
     """
 
     checkpoint: Checkpoint | None = None
     result_step: int | None = None
     is_scored: bool = False
+    lost: frozenset[int] = frozenset()
 
     @property
     def is_finished(self) -> bool:
@@ -64,7 +70,11 @@ class Start:
 
     def lacks_score(self, config: TrainConfig) -> bool:
         """Whether a score was due at the checkpoint's step and not taken: the run was asked to stop."""
-        if self.checkpoint is None or config.eval_steps is None or self.checkpoint.step % config.eval_steps:
+        if self.checkpoint is None or config.eval_steps is None:
+            return False
+        # Trainer takes one at the last step, too.
+        is_last = self.checkpoint.step >= self.checkpoint.trainer_state()["max_steps"]
+        if self.checkpoint.step % config.eval_steps and not is_last:
             return False
         return all(best.step != self.checkpoint.step for best in scores_in(self.log_history()))
 
@@ -104,28 +114,72 @@ def decide_start(config: TrainConfig, run: RunDirectory, store: CheckpointStore,
     """Finds out where to go on, and makes the directory ready for it: leftovers removed, logs cut back.
 
     Raises:
-        CheckpointError: what is there belongs to a run with other settings.
+        CheckpointError: what is there belongs to a run with other settings, or nobody knows to which.
     """
     store.root.mkdir(parents=True, exist_ok=True)
     store.clear_leftovers()
-    stored_path = store.root / IDENTITY_FILE
-    if run.model_dir.is_dir() and stored_path.is_file():
-        _require_same(stored_path, _read(stored_path), identity)
-        result_step = _read(store.root / RESULT_FILE)["step"]
+    place = run.path / IDENTITY_FILE
+    stored = _read(place) if place.is_file() else None
+    if run.model_dir.is_dir():
+        result = run.path / RESULT_FILE
+        if stored is None or not result.is_file():
+            raise _unknown_run(run)
+        _require_same(place, stored, identity)
         is_scored = not config.eval_data or run.evaluation("after") is not None
-        return Start(result_step=result_step, is_scored=is_scored)
+        return Start(result_step=_read(result)["step"], is_scored=is_scored)
     checkpoint = store.newest()
     if checkpoint is not None:
         _require_same(checkpoint.folder, checkpoint.identity, identity)
         run.truncate_after(checkpoint.step)
         logger.info("Going on from %s, step %d.", checkpoint.folder, checkpoint.step)
-    elif stored_path.is_file() and _read(stored_path)["decides"] == identity["decides"]:
-        # Killed before its first checkpoint: the score from before training still holds.
+    elif run.steps():
+        if stored is None:
+            raise _unknown_run(run)
+        _require_same(place, stored, identity)
+        run.truncate_after(0)
+        logger.warning("%s has no checkpoint: training starts again at step 0.", store.root)
+    elif stored is not None and stored["decides"] == identity["decides"]:
+        # Killed before its first step: the score from before training still holds.
         run.truncate_after(0)
     else:
         run.clear_logs()
-    write_json(stored_path, identity)
-    return Start(checkpoint=checkpoint)
+    write_json(place, identity)
+    if checkpoint is None or not keeps_best(config):
+        return Start(checkpoint=checkpoint)
+    _, lost = best_whole(Start(checkpoint).log_history(), store)
+    return Start(checkpoint=checkpoint, lost=lost)
+
+
+def _unknown_run(run: RunDirectory) -> CheckpointError:
+    return CheckpointError(
+        f"{run.path} holds a run, but not the {IDENTITY_FILE} and {RESULT_FILE} that say which; use another "
+        "output_dir, or delete it"
+    )
+
+
+def best_whole(
+    log_history: Sequence[Mapping[str, Any]],
+    store: CheckpointStore,
+    lost: frozenset[int] = frozenset(),
+    *,
+    last: int = -1,
+) -> tuple[Best | None, frozenset[int]]:
+    """Returns the best score whose checkpoint is whole, and the steps of the better ones whose checkpoint is not.
+
+    Args:
+        log_history: Trainer's.
+        store: of the run.
+        lost: steps that are known to have none.
+        last: a step that needs no checkpoint, for its weights are at hand.
+    """
+    while (best := best_of(log_history, lost)) is not None and best.step != last and not store.is_whole(best.step):
+        logger.warning(
+            "The checkpoint of step %d, whose score %.4f is the best, is gone or damaged: the next best one counts.",
+            best.step,
+            best.score,
+        )
+        lost |= {best.step}
+    return best, lost
 
 
 def _require_same(place: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:

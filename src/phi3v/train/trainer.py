@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from phi3v.data.collate import LossWeighting
 from phi3v.errors import CheckpointError
@@ -281,6 +282,17 @@ class Phi3VTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer's own loader warns about missing and unknown names, and trains on.
         restore_weights(self.model if model is None else model, Path(resume_from_checkpoint))  # pyright: ignore[reportArgumentType]
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # Trainer takes the frequencies of logs, scores and checkpoints from a checkpoint, warns, and leaves the run's.
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            done = super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            transformers_logging.set_verbosity(level)
+        self.state.compute_steps(self.args, max_steps)
+        return done
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

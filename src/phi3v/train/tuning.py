@@ -100,10 +100,6 @@ def wrap_lora(model: Phi3VForCausalLM, config: TrainConfig) -> PeftModel:
     Raises:
         ConfigError: a part that has no linear layer to adapt.
     """
-    if "embeddings" in config.trained_parts:
-        raise ConfigError(
-            f"lora_parts names 'embeddings', which takes no adapters; allowed: {', '.join(_ADAPTED_MODULES)}"
-        )
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,  # pyright: ignore[reportArgumentType]

@@ -135,7 +135,7 @@ def test_too_small_a_disk_is_told_in_numbers(
         ({"save_steps": None}, 0),
         ({"keep_checkpoints": 1}, 2),
         ({"eval_data": [Path("e.jsonl")], "eval_steps": 5}, 4),
-        ({"eval_data": [Path("e.jsonl")], "eval_steps": 5, "save_steps": None}, 2),
+        ({"eval_data": [Path("e.jsonl")], "eval_steps": 5, "save_steps": None}, 3),
     ],
 )
 def test_most_checkpoints_at_once(changes: dict[str, Any], most: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +173,26 @@ def test_the_best_checkpoint_is_the_result(
     assert all(torch.equal(tensor, best[name]) for name, tensor in final_weights(path.path).items())
     after = path.evaluation("after")
     assert after is not None and (after["step"], after["score"]) == (2, 0.9), "taken over, not generated again"
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_the_result(
+    config: MakeConfig, data: Path, scripted: Callable[[list[float]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(eval_data=[data / "eval.jsonl"], eval_steps=1, eval_before=False, keep_checkpoints=9)
+    path = RunDirectory(settings.output_dir)
+
+    def damage(*_: Any) -> None:
+        weights = path.checkpoints_dir / "checkpoint-1" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-4000:-3000] = bytes(1000)
+        weights.write_bytes(content)
+
+    scripted([0.9, 0.6, 0.3])
+    with mock.patch.object(run.logger, "info", side_effect=damage), caplog.at_level(logging.WARNING):
+        run_training(settings)
+    assert "checkpoint of step 1, whose score 0.9000 is the best, is gone or damaged" in caplog.text
+    weights = load_file(path.checkpoints_dir / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name].to(tensor.dtype)) for name, tensor in final_weights(path.path).items())
 
 
 def test_the_last_step_is_the_result_without_keep_best(

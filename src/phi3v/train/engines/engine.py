@@ -15,6 +15,9 @@ from torch import nn
 AVERAGES = ("exp_avg", "exp_avg_sq")
 """AdamW's averages of a gradient and of its square, as torch names them."""
 
+CLIPPING_MARGIN = 1e-6
+"""Added to a gradient's norm before it divides, as torch's ``clip_grad_norm_`` does."""
+
 Average = Literal["exp_avg", "exp_avg_sq"]
 Read = Callable[[str, Average], torch.Tensor]
 """Gives a parameter's average, whole, float32, on the CPU."""

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from phi3v.model.packed_layers import PackedClipLayer, PackedDecoderLayer
-from phi3v.train.engines.engine import AVERAGES, Average, Read, adamw_state, gradient_norm, steps_of
+from phi3v.train.engines.engine import AVERAGES, CLIPPING_MARGIN, Average, Read, adamw_state, steps_of
 from phi3v.train.engines.loss_scale import ScaledSteps
 
 
@@ -76,8 +76,16 @@ class FullySharded:
         parameters = list(self._parameters.values())
         if self._scaled is not None:
             self._scaled.unscale(parameters)
-        norm = gradient_norm(parameters, max_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+        # Of the shares, wherever they lie: torch's own function would have them exchanged where they lie, which
+        # NCCL does for GPUs only.
+        shares = [_share_of(one.grad) for one in parameters if one.grad is not None]
+        squares = nn.utils.get_total_norm(shares).to(self._device).float().square()
+        distributed.all_reduce(squares)
+        norm = squares.sqrt()
+        if max_norm:
+            factor = (max_norm / (norm + CLIPPING_MARGIN)).clamp(max=1.0)
+            for share in shares:
+                share.mul_(factor.to(share.device))
         if self._scaled is not None:
             self._scaled.see(float(norm))
         return norm
@@ -102,11 +110,11 @@ class FullySharded:
             assert isinstance(parameter, DTensor)
             averages: dict[Average, torch.Tensor] = {}
             for average in AVERAGES:
-                # Every process reads the whole tensor and keeps its share: none has to send anything.
-                share = distribute_tensor(
-                    read(name, average).to(parameter.device), self._mesh, parameter.placements, src_data_rank=None
-                )
-                averages[average] = share
+                # Every process reads the whole tensor and keeps its share: none has to send anything. It comes out on
+                # the mesh's device, also where shares lie in the machine's memory.
+                whole = read(name, average)
+                share = distribute_tensor(whole, self._mesh, parameter.placements, src_data_rank=None)
+                averages[average] = share.to(parameter.device)
             self.optimizer.state[parameter] = adamw_state(parameter, averages, num_steps)
 
     def scaling(self) -> dict[str, float]:
@@ -125,3 +133,8 @@ class FullySharded:
         there = tensor.detach().to(self._device)
         assert isinstance(there, DTensor)
         return there.full_tensor()
+
+
+def _share_of(tensor: torch.Tensor) -> torch.Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

@@ -50,8 +50,10 @@ class Replicated:
 
     def averages(self) -> Iterator[tuple[str, Average, torch.Tensor]]:
         for name, parameter in self._parameters.items():
+            state = self._adamw.state[parameter]
             for average in AVERAGES:
-                yield name, average, self._adamw.state[parameter][average]
+                # With fp16 every step so far may have been left out.
+                yield name, average, state[average] if state else torch.zeros_like(parameter)
 
     def num_steps(self) -> int:
         return steps_of(self._adamw)
