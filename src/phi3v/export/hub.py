@@ -32,8 +32,8 @@ OTHER_MODELS_FILES = (
     "pytorch_model.bin.index.json",
     "processor_config.json",
 )
-"""Files that loaders look for by themselves: one that an earlier upload left would be loaded instead of the new ones, or
-would put an adapter on them."""
+"""Files that loaders look for by themselves: one that an earlier upload left would be loaded instead of the new ones,
+or would put an adapter on them."""
 
 
 class HubRepository:
