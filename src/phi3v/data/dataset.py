@@ -4,13 +4,13 @@ import hashlib
 import os
 from array import array
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from PIL import Image
@@ -28,7 +28,7 @@ MAX_LISTED_PROBLEMS = 10
 """Bad samples that an error or a summary names beside the first; enough to see a pattern."""
 
 REMEMBERED_IMAGES = 65_536
-"""Image sizes that the data check keeps, so that a page with many questions is decoded once."""
+"""Images whose findings the data check keeps, so that a page with many questions is decoded once."""
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a data file, bytes. A line is one conversation; a longer one is another format's file, a JSON array
@@ -127,11 +127,6 @@ class ConversationDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.read_line(index if self._kept is None else self._kept[index])
-
-    @property
-    def skip(self) -> frozenset[str]:
-        """``file:line`` of the samples left out."""
-        return frozenset(file.where(index) for file, index in map(self._locate, self.left_out))
 
     @property
     def num_lines(self) -> int:
@@ -327,7 +322,7 @@ def check_dataset(
     """
     if on_bad_sample not in ("error", "skip"):
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}, must be error or skip")
-    sized = lru_cache(maxsize=REMEMBERED_IMAGES)(lambda path: check_image(path, decode_images))
+    sized = _CheckedOnce(decode_images)
 
     def look(position: int) -> tuple[Sample, list[Path], list[tuple[int, int]]] | SampleError:
         paths: list[Path] = []
@@ -387,6 +382,50 @@ def check_dataset(
         raise DataError(_nothing_left(summary))
     dataset.leave_out(left_out)
     return summary
+
+
+class _CheckedOnce:
+    """Checks every image file once, whatever number of threads ask for it, and remembers the latest.
+
+    Args:
+        decode: as ``check_image`` takes it.
+    """
+
+    def __init__(self, decode: bool) -> None:
+        self._decode = decode
+        self._lock = Lock()
+        self._known: OrderedDict[Path, _Finding] = OrderedDict()
+
+    def __call__(self, path: Path) -> tuple[int, int]:
+        """Returns an image's (h, w) px.
+
+        Raises:
+            UnusableImageError: as ``check_image``.
+        """
+        with self._lock:
+            finding = self._known.setdefault(path, _Finding(Lock()))
+            self._known.move_to_end(path)
+            if len(self._known) > REMEMBERED_IMAGES:
+                self._known.popitem(last=False)
+        with finding.lock:  # who comes second waits for the first
+            if finding.size is None and finding.error is None:
+                try:
+                    finding.size = check_image(path, self._decode)
+                except UnusableImageError as error:
+                    finding.error = error.found, error.remedy, error.reason
+        if finding.size is None:
+            assert finding.error is not None
+            raise UnusableImageError(*finding.error)
+        return finding.size
+
+
+@dataclass(slots=True)
+class _Finding:
+    """What is known of an image file: its (h, w) px, or the arguments of its ``UnusableImageError``; or nothing yet."""
+
+    lock: Lock
+    size: tuple[int, int] | None = None
+    error: tuple[str, str, str] | None = None
 
 
 def _refusal(refused: Sequence[SampleError]) -> str:

@@ -21,6 +21,10 @@ IGNORED_LABEL = -100
 OVERLONG = "over-long"
 """``SampleError.reason`` of a sample that ``on_overlong="error"`` refuses."""
 
+_END_OF_TEXT = "</s>"
+"""Ends a text in the vocabulary that the model's is made of. Its tokenizer calls this token ordinary, and yet reads it
+in text, together with the space behind it."""
+
 OnOverlong = Literal["error", "drop", "cut"]
 
 
@@ -67,7 +71,8 @@ class SampleEncoder:
     Args:
         processor: tokenizer and image processor of the model.
         max_length: most decoder positions of a training sample, image tokens included; None for no limit.
-        on_overlong: what happens to a training sample over ``max_length``. ``error``: refused. ``drop``: ``measure``
+        max_positions: most that the model knows, ``max_position_embeddings`` of its configuration; None: not known.
+        on_overlong: what happens to a training sample over either of the two. ``error``: refused. ``drop``: ``measure``
             reports it and the data check leaves it out. ``cut``: text is taken away, never an image's tokens: first
             from the end of the longest user text, then from the end of the last answer, whose end tokens stay. Some
             of an answer, and of a question without images, is always kept.
@@ -77,7 +82,12 @@ class SampleEncoder:
     """
 
     def __init__(
-        self, processor: Phi3VProcessor, *, max_length: int | None = None, on_overlong: OnOverlong = "error"
+        self,
+        processor: Phi3VProcessor,
+        *,
+        max_length: int | None = None,
+        max_positions: int | None = None,
+        on_overlong: OnOverlong = "error",
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, must be at least 1 token")
@@ -85,9 +95,28 @@ class SampleEncoder:
             raise ValueError(f"on_overlong is {on_overlong!r}, must be error, drop or cut")
         self.processor = processor
         self.max_length = max_length
+        self.max_positions = max_positions
         self.on_overlong = on_overlong
-        special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+        added = processor.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special or token.content == _END_OF_TEXT]
         self._special_token = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+    @property
+    def limit(self) -> int | None:
+        """Most decoder positions of a training sample: the lower of ``max_length`` and ``max_positions``."""
+        return min((most for most in (self.max_length, self.max_positions) if most is not None), default=None)
+
+    @property
+    def _limit_name(self) -> str:
+        if self.limit == self.max_length:
+            return f"max_length={self.max_length}"
+        return f"the {self.max_positions} positions that the model knows (max_position_embeddings)"
+
+    def _remedy(self, *ways: str) -> str:
+        """Says in a sentence what brings a sample under the limit."""
+        *first, last = ("raise max_length", *ways) if self.limit == self.max_length else ways
+        text = f"{', '.join(first)}, or {last}."
+        return text[0].upper() + text[1:]
 
     def encode(self, sample: Sample, images: Sequence[Image.Image]) -> Encoded:
         """Encodes a training sample.
@@ -185,7 +214,7 @@ class SampleEncoder:
             raise self._overlong_error(sample, plan, len(tokens.ids))
         return Lengths(
             len(tokens.ids),
-            sum(label != IGNORED_LABEL for label in tokens.labels),
+            len(tokens.labels) - tokens.labels.count(IGNORED_LABEL),
             sum(rows * columns + 1 for rows, columns in plan.grids),
             tokens.is_overlong,
             self._stem(sample, plan, tokens),
@@ -261,12 +290,13 @@ class SampleEncoder:
         counts = plan.token_counts
         segments = plan.segments
         ids, labels = self._tokenize(segments, counts)
-        if self.max_length is None or len(ids) <= self.max_length:
+        limit = self.limit
+        if limit is None or len(ids) <= limit:
             return _Tokens(ids, labels, False, segments[0].text)
         if self.on_overlong == "cut":
             shortened = sample
-            while len(ids) > self.max_length:  # text is shortened in characters, so the tokens saved are an estimate
-                shortened = self._shortened(shortened, len(ids) - self.max_length, counts)
+            while len(ids) > limit:  # text is shortened in characters, so the tokens saved are an estimate
+                shortened = self._shortened(shortened, len(ids) - limit, counts)
                 segments = render(shortened)
                 ids, labels = self._tokenize(segments, counts)
         return _Tokens(ids, labels, True, segments[0].text)
@@ -285,9 +315,9 @@ class SampleEncoder:
         if spare_answer < 1:
             raise sample_error(
                 sample.label,
-                f"cannot be cut to max_length={self.max_length}: its {len(counts)} image(s) alone take "
+                f"cannot be cut to {self._limit_name}: its {len(counts)} image(s) alone take "
                 f"{sum(counts)} tokens, and no more text can be taken away",
-                "Raise max_length, lower num_crops, or use on_overlong=drop.",
+                self._remedy("lower num_crops", "use on_overlong=drop"),
                 "too long to cut",
             )
         turns[-1] = replace(turns[-1], assistant=self._without_tail(answer, min(num_tokens, spare_answer)))
@@ -333,9 +363,12 @@ class SampleEncoder:
         return sample_error(
             sample.label,
             f"{num_tokens} tokens, of which {sum(plan.token_counts)} for {len(plan.order)} image(s), exceed "
-            f"max_length={self.max_length}",
-            "Raise max_length, lower num_crops, shorten the text, or set on_overlong to drop (leave such samples out) "
-            "or cut (cut their text).",
+            f"{self._limit_name}",
+            self._remedy(
+                "lower num_crops",
+                "shorten the text",
+                "set on_overlong to drop (leave such samples out) or cut (cut their text)",
+            ),
             OVERLONG,
         )
 

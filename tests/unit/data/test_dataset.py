@@ -1,7 +1,8 @@
 import multiprocessing
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -61,17 +62,25 @@ def test_memory_does_not_grow_with_the_lines(write_jsonl):
     assert len(pickle.dumps(long)) < 1000 * 8 + 1000
 
 
-def first_id(dataset, index):
-    return dataset[index].id
+def ids_in_process(pickled, connection):
+    connection.send(ids_of(pickle.loads(pickled)))
 
 
-def test_threads_and_spawned_processes_may_share_a_dataset(write_jsonl):
+def test_threads_and_processes_may_share_a_dataset(write_jsonl):
     dataset = ConversationDataset(write_jsonl(*[record(str(k)) for k in range(300)]))
     expected = [str(k) for k in range(300)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda k: dataset[k].id, range(300))) == expected
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert list(pool.map(first_id, [dataset] * 3, range(3))) == expected[:3]
+    dataset.leave_out([0])
+    pickled = pickle.dumps(dataset)  # all that a spawned process gets
+    assert ids_of(pickle.loads(pickled)) == expected[1:]
+    if "fork" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=ids_in_process, args=(pickled, theirs))
+        process.start()
+        assert ours.recv() == ids_of(dataset)
+        process.join()
 
 
 def test_missing_files_and_empty_files_are_refused(tmp_path, write_jsonl):
@@ -249,7 +258,7 @@ def test_bad_input_is_skipped_and_counted_on_request(write_jsonl, bad_folder, en
     assert summary.skipped == dict.fromkeys(sorted(BAD), 1) | {"broken JSON": 2}
     assert summary.samples == len(dataset) == 2
     assert ids_of(dataset) == ["first", "last"]
-    assert dataset.skip == {f"{path}:{line}" for line in range(2, len(BAD) + 3)}
+    assert dataset.left_out == tuple(range(1, len(BAD) + 2))
     assert len(summary.problems) == 10
     assert summary.problems[0].startswith(f"{path}:2: ")
 
@@ -284,19 +293,37 @@ def test_the_report_does_not_depend_on_threads(write_jsonl, bad_folder, encoder)
         summary = check(dataset, encoder, on_bad_sample="skip", num_threads=num_threads)
         with pytest.raises(DataError) as caught:
             check(ConversationDataset(path), encoder, num_threads=num_threads)
-        reports.append((summary, dataset.skip, str(caught.value)))
+        reports.append((summary, dataset.left_out, str(caught.value)))
     assert reports[0] == reports[1]
 
 
-def test_an_image_of_many_questions_is_read_once(write_jsonl, image_folder, encoder, monkeypatch):
+def test_an_image_of_many_questions_is_read_once_by_all_threads(write_jsonl, image_folder, encoder, monkeypatch):
+    opened = []
+    check_image = dataset_module.check_image
+
+    def slow(path, decode):
+        opened.append(path.name)
+        time.sleep(0.05)
+        return check_image(path, decode)
+
+    monkeypatch.setattr(dataset_module, "check_image", slow)
+    (image_folder / "cut.png").write_bytes((image_folder / "red.png").read_bytes()[:60])
+    dataset = ConversationDataset(write_jsonl(*[record(images=["red.png"]), record(images=["cut.png"])] * 20))
+    summary = check(dataset, encoder, num_threads=8, on_bad_sample="skip")
+    assert (summary.images, summary.skipped) == (20, {"corrupt image": 20})
+    assert sorted(opened) == ["cut.png", "red.png"]
+
+
+def test_only_so_many_images_are_remembered(write_jsonl, image_folder, encoder, monkeypatch):
     opened = []
     check_image = dataset_module.check_image
     monkeypatch.setattr(
         dataset_module, "check_image", lambda path, decode: opened.append(path.name) or check_image(path, decode)
     )
-    dataset = ConversationDataset(write_jsonl(*[record(images=["red.png"])] * 20))
-    assert check(dataset, encoder, num_threads=1).images == 20
-    assert opened == ["red.png"]
+    monkeypatch.setattr(dataset_module, "REMEMBERED_IMAGES", 1)
+    names = ["red.png", "red.png", "blue.jpg", "red.png"]
+    check(ConversationDataset(write_jsonl(*[record(images=[name]) for name in names])), encoder, num_threads=1)
+    assert opened == ["red.png", "blue.jpg", "red.png"]
 
 
 def test_over_long_samples_are_dropped_with_a_count(write_jsonl, image_folder, processor):
@@ -305,7 +332,7 @@ def test_over_long_samples_are_dropped_with_a_count(write_jsonl, image_folder, p
     summary = check(dataset, SampleEncoder(processor, max_length=100, on_overlong="drop"))
     assert (summary.samples, summary.dropped, summary.cut, summary.images) == (2, 1, 0, 0)
     assert ids_of(dataset) == ["a", "c"]
-    assert dataset.skip == {f"{path}:2"}
+    assert dataset.left_out == (1,)
 
 
 def test_over_long_samples_are_cut_with_a_count(write_jsonl, processor):
@@ -337,4 +364,4 @@ def test_a_second_check_looks_at_every_sample_again(write_jsonl, image_folder, e
     shutil.copy(image_folder / "red.png", image_folder / "late.png")
     assert check(dataset, encoder, on_bad_sample="skip").samples == 2
     assert ids_of(dataset) == ["a", "b"]
-    assert dataset.skip == frozenset()
+    assert dataset.left_out == ()

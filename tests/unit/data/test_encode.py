@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -145,12 +146,19 @@ def test_text_only_has_no_pixels(processor):
 
 
 @pytest.mark.parametrize("field", ["user", "assistant", "system"])
-@pytest.mark.parametrize("token", ["<s>", "<unk>", "<|placeholder3|>"])
+@pytest.mark.parametrize("token", ["<s>", "</s>", "<unk>", "<|placeholder3|>"])
 def test_text_with_the_tokenizers_special_tokens_is_refused(processor, field, token):
     encoder = SampleEncoder(processor)
     with pytest.raises(SampleError, match=r"train\.jsonl:3: sample 's'.*special token\. Take it out") as caught:
         encoder.measure(one_turn(**{field: f"a {token} b"}), [])
     assert token in str(caught.value)
+
+
+def test_words_that_were_added_to_the_vocabulary_are_text(processor):
+    wider = copy.deepcopy(processor)
+    wider.tokenizer.add_tokens(["<loc_17>"])
+    ids = SampleEncoder(wider).encode_text(one_turn(assistant="at <loc_17>"), []).input_ids
+    assert wider.tokenizer.convert_tokens_to_ids("<loc_17>") in ids.tolist()
 
 
 def test_tags_and_images_that_do_not_fit_are_refused(processor):
@@ -324,6 +332,22 @@ def test_an_over_long_sample_is_refused_or_reported(processor):
     assert dropping.measure(sample, [SQUARE])[:4] == (full, 5, 2, True)  # ▁Red <|end|> ▁ \\n <|endoftext|>
     with pytest.raises(SampleError, match="exceed max_length"):
         dropping.encode(sample, [square()])
+
+
+def test_a_sample_may_not_be_longer_than_the_model_knows_positions(processor):
+    sample = one_turn(user="word " * 50)
+    full = tokens_of(sample, [], processor)
+    for limits in ({"max_positions": full - 1}, {"max_positions": full - 1, "max_length": full}):
+        with pytest.raises(SampleError) as caught:
+            SampleEncoder(processor, **limits).measure(sample, [])
+        assert caught.value.reason == OVERLONG
+        assert f"exceed the {full - 1} positions that the model knows" in str(caught.value)
+        assert ". Lower num_crops, shorten the text, or set on_overlong to drop" in str(caught.value)
+    assert not SampleEncoder(processor, max_positions=full).measure(sample, []).is_overlong
+    with pytest.raises(SampleError, match=r"exceed max_length=9\. Raise max_length, lower"):
+        SampleEncoder(processor, max_positions=full - 1, max_length=9).measure(sample, [])
+    cut = SampleEncoder(processor, max_positions=full - 5, on_overlong="cut").measure(sample, [])
+    assert (cut.tokens <= full - 5, cut.is_overlong) == (True, True)
 
 
 def test_a_prompt_has_no_length_limit(processor):
