@@ -252,10 +252,11 @@ class TrainConfig(RunConfig):
         default="linear",
         familiar_names=("lr_scheduler_type",),
     )
-    warmup_steps: int = setting(
+    warmup_steps: int | None = setting(
         OPTIMISATION,
-        "Optimizer steps over which the learning rate rises from 0.",
-        default=50,
+        "Optimizer steps over which the learning rate rises from 0. None: 50, or a tenth of the run's steps where that "
+        "is fewer.",
+        default=None,
         at_least=0,
     )
     weight_decay: float = setting(

@@ -154,6 +154,7 @@ def configuration(
         "num_train_epochs": flags.num_train_epochs,
         "learning_rate": flags.learning_rate,
         "weight_decay": flags.wd,
+        "warmup_steps": 50,
         "num_workers": 4,
         "logging_steps": 10,
         "eval_metric": recipe.metric,

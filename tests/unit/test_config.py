@@ -35,7 +35,7 @@ def from_options(*overrides: str) -> TrainConfig:
 def test_defaults_are_the_published_common_settings() -> None:
     config = constructed()
     assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.95, 1e-7)
-    assert (config.weight_decay, config.warmup_steps, config.lr_scheduler) == (0.01, 50, "linear")
+    assert (config.weight_decay, config.warmup_steps, config.lr_scheduler) == (0.01, None, "linear")
     assert (config.max_grad_norm, config.batch_size, config.loss_weighting) == (1.0, 64, "sample_mean")
     assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (64, 128, 0)
     assert config.eval_max_new_tokens == 64

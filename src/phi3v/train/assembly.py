@@ -1,6 +1,8 @@
 """A run's trainer with everything that hangs on it: engine, checkpoints, guards, reporters, scores."""
 
 import logging
+import math
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from phi3v.config import TrainConfig
 from phi3v.data.packing import Budget, Packing
 from phi3v.model.checkpoint import (
     save_model,
@@ -54,6 +57,12 @@ from phi3v.train.tuning import (
 
 logger = logging.getLogger(__name__)
 
+MOST_WARMUP_STEPS = 50
+"""The published recipes' warm-up."""
+
+SHARE_OF_WARMUP = 10
+"""Of a run's steps one in so many raises the learning rate, where that is fewer."""
+
 
 def build_trainer(
     room: Room, model: Model, scorer: Scorer | None, start: Start, stop: Stop, cache: FeatureCache | None = None
@@ -72,6 +81,7 @@ def build_trainer(
         ),
         rank=args.process_index,
     )
+    args.warmup_steps = warmup_steps(config, total_steps(config, len(windows)))
     reader = WindowReader(
         windows, training_samples(room, cache), num_workers=config.num_workers, pin_memory=args.device.type == "cuda"
     )
@@ -102,6 +112,31 @@ def build_trainer(
     if room.is_writer:
         add_reporters(trainer, room, start)
     return trainer
+
+
+def total_steps(config: TrainConfig, steps_an_epoch: int) -> int:
+    """Returns the optimizer steps of a run, as Trainer counts them."""
+    return config.max_steps or math.ceil(config.num_train_epochs * steps_an_epoch)
+
+
+def warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """Returns the steps over which the learning rate rises; warns of a run that ends before it is there.
+
+    >>> warmup_steps(TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl")]), 120)
+    12
+    """
+    if config.warmup_steps is None:
+        return min(MOST_WARMUP_STEPS, num_steps // SHARE_OF_WARMUP)
+    if config.warmup_steps >= num_steps:
+        logger.warning(
+            "warmup_steps is %d, and the run has %d steps: the learning rate rises to %.3g and never reaches %.3g. "
+            "Lower warmup_steps, or leave it out.",
+            config.warmup_steps,
+            num_steps,
+            config.learning_rate * (num_steps - 1) / config.warmup_steps,
+            config.learning_rate,
+        )
+    return config.warmup_steps
 
 
 def add_guards(trainer: Phi3VTrainer, room: Room, start: Start, stop: Stop) -> None:
@@ -144,8 +179,7 @@ def add_reporters(trainer: Phi3VTrainer, room: Room, start: Start) -> None:
         writer = SummaryWriter(log_dir=str(room.run.tensorboard_dir), purge_step=first_step)
         trainer.add_callback(TensorBoardCallback(writer))
     trainer.add_callback(RunLog(room.run))
-    if room.config.progress:
-        trainer.add_callback(ProgressLine())
+    trainer.add_callback(ProgressLine(has_bar=room.config.progress and sys.stderr.isatty()))
 
 
 def score_during(room: Room, trainer: Phi3VTrainer, model: Model, scorer: Scorer, step: int) -> dict[str, float]:

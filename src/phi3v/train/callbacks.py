@@ -405,9 +405,14 @@ class RunLog(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """Shows loss, speed and memory: as a bar on a terminal, as plain lines elsewhere."""
+    """Shows loss, speed and memory.
 
-    def __init__(self) -> None:
+    Args:
+        has_bar: as a progress bar; else as plain lines.
+    """
+
+    def __init__(self, *, has_bar: bool) -> None:
+        self._has_bar = has_bar
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(
@@ -415,7 +420,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not self._has_bar,
         )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """What ends a run from outside, in words that say what to do: a full disk, a process that died, an image that went."""
 
 import errno
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ _LOST_PEER = re.compile(
 )
 
 
+logger = logging.getLogger(__name__)
+
+
 class DeadWorkerError(RuntimeError):
     """A process that prepares samples died while something of it was being fetched."""
 
@@ -42,6 +46,9 @@ def explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        logger.warning("%s The same command goes on.", last_checkpoint())
+        raise
     except StoppedError as error:
         raise StoppedError(f"{error}. {last_checkpoint()} The same command goes on.") from error
     except DataError as error:

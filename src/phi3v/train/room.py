@@ -92,7 +92,7 @@ def training_arguments(config: TrainConfig, device: str, precision: Precision) -
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup_steps or 0,  # set when the run's steps are known
         max_grad_norm=config.max_grad_norm,
         bf16=precision.name == "bf16",
         fp16=precision.name == "fp16",

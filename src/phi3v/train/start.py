@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.config import TrainConfig
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.runlog import RunDirectory, write_json
 from phi3v.train.checkpoints import Checkpoint, CheckpointStore
 from phi3v.train.identity import require_same_run
@@ -84,10 +84,17 @@ def sole_writer(run: RunDirectory) -> Iterator[None]:
     """Holds the run directory against a second process; the system lets go of it when this one dies.
 
     Raises:
+        ConfigError: the folder cannot be made or written to.
         CheckpointError: another process has it.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("w") as file:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = (run.path / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {run.path} cannot be written to: {error.strerror}; choose another one"
+        ) from error
+    with lock as file:
         try:
             # Not flock, whose lock would live on in the loader workers of a killed process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,10 +14,10 @@ from torch import nn
 
 from phi3v.config import TrainConfig
 from phi3v.errors import ConfigError
+from phi3v.model.linear.dora import set_magnitudes_to_norms
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import is_never_used, part_of
 from phi3v.model.placement import DTYPE_NAMES, resolve_precision
-from phi3v.model.projection import set_magnitudes_to_norms
 
 FLOAT8_CAPABILITY = (8, 9)
 """Compute capability from which NVIDIA's GPUs multiply in float8: Ada, Hopper and later."""

@@ -13,10 +13,10 @@ from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import Load, MicroBatch
 from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.compute import Compute
+from phi3v.model.linear.projection import Projection
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.model.projection import Projection
 from phi3v.train.audit import Audit, audit
 from phi3v.train.batches import TrainingSamples
 from phi3v.train.tuning import Precision, select_trainable, wrap_lora

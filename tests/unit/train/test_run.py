@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from phi3v.runlog import RunDirectory
 from phi3v.train.batches import TrainingSamples
 from phi3v.train.order import Shuffled
 from phi3v.train.run import run_training
+from phi3v.train.start import best_whole
 from training import final_weights, logged, make_config, write_shared_data, write_training_data
 
 MakeConfig = Callable[..., Any]
@@ -176,19 +176,25 @@ def test_the_best_checkpoint_is_the_result(
 
 
 def test_a_best_checkpoint_that_is_damaged_is_not_the_result(
-    config: MakeConfig, data: Path, scripted: Callable[[list[float]], None], caplog: pytest.LogCaptureFixture
+    config: MakeConfig,
+    data: Path,
+    scripted: Callable[[list[float]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = config(eval_data=[data / "eval.jsonl"], eval_steps=1, eval_before=False, keep_checkpoints=9)
     path = RunDirectory(settings.output_dir)
 
-    def damage(*_: Any) -> None:
+    def damage_and_choose(*args: Any, **options: Any) -> Any:
         weights = path.checkpoints_dir / "checkpoint-1" / "model.safetensors"
         content = bytearray(weights.read_bytes())
         content[-4000:-3000] = bytes(1000)
         weights.write_bytes(content)
+        return best_whole(*args, **options)
 
+    monkeypatch.setattr(run, "best_whole", damage_and_choose)
     scripted([0.9, 0.6, 0.3])
-    with mock.patch.object(run.logger, "info", side_effect=damage), caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         run_training(settings)
     assert "checkpoint of step 1, whose score 0.9000 is the best, is gone or damaged" in caplog.text
     weights = load_file(path.checkpoints_dir / "checkpoint-2" / "model.safetensors")
@@ -251,6 +257,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(confi
     assert "sample-" in message and "checkpoints/checkpoint-1" in message
     assert [line["step"] for line in RunDirectory(settings.output_dir).steps()] == [1]
     assert not (settings.output_dir / "model").exists()
+
+
+def test_a_short_run_reaches_its_learning_rate(config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    path = RunDirectory(run_training(config(warmup_steps=None, learning_rate=1e-3)))
+    assert [line["learning_rate"] for line in path.steps()][0] == 1e-3
+    with caplog.at_level(logging.WARNING):
+        run_training(config(path.path.with_name("other"), warmup_steps=50, learning_rate=1e-3))
+    assert "warmup_steps is 50, and the run has 3 steps: the learning rate rises to 4e-05" in caplog.text
+
+
+def test_an_output_dir_that_cannot_be_made_is_named(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir .*file/run cannot be written to: Not a directory"):
+        run_training(config(tmp_path / "file" / "run"))
 
 
 def test_frozen_vision(config: MakeConfig, tiny_dir: Path) -> None:
