@@ -7,9 +7,11 @@ computed once. Nothing here looks at a rank, a worker or a random state, so that
 
 import hashlib
 import io
+import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -200,15 +202,20 @@ def plan_window(costs: SampleCosts, window: Sequence[int], packing: Packing) -> 
     Returns:
         For every rank its micro-batches, the costliest first.
     """
-    groups = _split_for_ranks(costs, _groups(costs, window, packing), packing.num_ranks)
-    units = sorted(((load_of(costs, group), group) for group in groups), key=lambda unit: -unit[0].cost)
+    units = _split_for_ranks(costs, _groups(costs, window, packing), packing.num_ranks)
+    units.sort(key=lambda unit: -unit[0].cost)
     bins = _pack(units, packing)
     bins.sort(key=lambda batch: -batch.load.cost)
     num_rounds = -(-len(bins) // packing.num_ranks)
     ranks: list[list[MicroBatch]] = [[] for _ in range(packing.num_ranks)]
+    cheapest_ranks = [(0, rank) for rank in range(packing.num_ranks)]  # a heap of (cost so far, rank)
     for batch in bins:
-        open_ranks = [rank for rank in ranks if len(rank) < num_rounds]
-        min(open_ranks, key=lambda rank: sum(one.load.cost for one in rank)).append(batch)
+        cost, rank = heappop(cheapest_ranks)
+        ranks[rank].append(batch)
+        if len(ranks[rank]) < num_rounds:
+            heappush(cheapest_ranks, (cost + batch.load.cost, rank))
+    if all(len(rank) == num_rounds for rank in ranks):
+        return ranks
     cheapest = min(window, key=lambda index: load_of(costs, (index,)).cost)
     filler = MicroBatch(((cheapest,),), load_of(costs, (cheapest,)), counts=False)
     return [rank + [filler] * (num_rounds - len(rank)) for rank in ranks]
@@ -280,71 +287,104 @@ def saving_of(costs: SampleCosts, group_of: np.ndarray, most: int) -> Saving:
     )
 
 
-def _groups(costs: SampleCosts, window: Sequence[int], packing: Packing) -> list[tuple[int, ...]]:
+Unit = tuple[Load, tuple[int, ...]]
+"""A group of samples, and what is computed for it."""
+
+
+def _groups(costs: SampleCosts, window: Sequence[int], packing: Packing) -> list[Unit]:
     """Puts samples with one stem together, as many as limits and budget allow, in the window's order."""
+    places = np.asarray(window, dtype=np.int64)
+    columns = (costs.tokens, costs.crops, costs.stem_tokens, costs.stem_crops, costs.stem_keys)
+    samples = zip(window, *(column[places].tolist() for column in columns), strict=True)
     groups: list[list[int]] = []
-    open_group: dict[tuple[int, bool], list[int]] = {}
-    for index in window:
-        key = (int(costs.stem_keys[index]), bool(costs.tokens[index] > packing.short_positions))
-        group = open_group.get(key) if costs.stem_tokens[index] > 0 else None
-        if (
-            group is not None
-            and len(group) < packing.shared_questions
-            and load_of(costs, [*group, index]).fits(packing.budget)
-        ):
-            group.append(index)
-            continue
-        open_group[key] = [index]
-        groups.append(open_group[key])
-    return [tuple(group) for group in groups]
+    loads: list[Load] = []
+    open_group: dict[tuple[int, bool], int] = {}
+    for index, tokens, crops, stem_tokens, stem_crops, stem_key in samples:
+        key = (stem_key, tokens > packing.short_positions)
+        number = open_group.get(key) if stem_tokens > 0 else None
+        if number is not None and len(groups[number]) < packing.shared_questions:
+            load = loads[number] + Load(tokens - stem_tokens, crops - stem_crops, 1)
+            if load.fits(packing.budget):
+                groups[number].append(index)
+                loads[number] = load
+                continue
+        open_group[key] = len(groups)
+        groups.append([index])
+        loads.append(Load(tokens, crops, 1))
+    return [(load, tuple(group)) for load, group in zip(loads, groups, strict=True)]
 
 
-def _split_for_ranks(costs: SampleCosts, groups: list[tuple[int, ...]], num_ranks: int) -> list[tuple[int, ...]]:
+def _split_for_ranks(costs: SampleCosts, units: list[Unit], num_ranks: int) -> list[Unit]:
     """Halves the costliest groups while there are fewer groups than ranks: an idle rank would save nothing."""
-    groups = list(groups)
-    while len(groups) < num_ranks:
-        largest = max(
-            range(len(groups)), key=lambda number: (len(groups[number]) > 1, load_of(costs, groups[number]).cost)
-        )
-        group = groups[largest]
+    units = list(units)
+    while len(units) < num_ranks:
+        largest = max(range(len(units)), key=lambda number: (len(units[number][1]) > 1, units[number][0].cost))
+        group = units[largest][1]
         if len(group) == 1:
             break
-        groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    return groups
+        halves = group[: len(group) // 2], group[len(group) // 2 :]
+        units[largest : largest + 1] = [(load_of(costs, half), half) for half in halves]
+    return units
 
 
-Unit = tuple[Load, tuple[int, ...]]
-
-
-def _pack(units: Iterable[Unit], packing: Packing) -> list[MicroBatch]:
+def _pack(units: Sequence[Unit], packing: Packing) -> list[MicroBatch]:
     """Puts units, costliest first, into as few micro-batches as first fit finds; then balances them, if they fit."""
-    units = list(units)
-    first_fit: list[list[Unit]] = []
-    loads: list[Load] = []
-    for unit in units:
-        place = next((number for number, load in enumerate(loads) if (load + unit[0]).fits(packing.budget)), None)
-        if place is None:
-            first_fit.append([unit])
-            loads.append(unit[0])
-        else:
-            first_fit[place].append(unit)
-            loads[place] += unit[0]
+    least = _least_loads(units)
+    first_fit = _first_fit(units, least, packing.budget)
     number = min(len(units), -(-len(first_fit) // packing.num_ranks) * packing.num_ranks)
-    bins = _balance(units, number, packing.budget) or first_fit
+    bins = _balance(units, least, number, packing.budget) or first_fit
     return [_micro_batch(units_of_bin) for units_of_bin in _alike_together(units, bins, packing.budget)]
 
 
-def _balance(units: Sequence[Unit], number: int, budget: Budget) -> list[list[Unit]] | None:
+def _least_loads(units: Sequence[Unit]) -> list[Load]:
+    """Returns for every unit the least that any unit after it adds, of each kind: what that exceeds, all of them do."""
+    least: list[Load] = []
+    tokens = crops = samples = sys.maxsize
+    for load, _ in reversed(units):
+        least.append(Load(tokens, crops, samples))
+        tokens, crops, samples = min(tokens, load.tokens), min(crops, load.crops), min(samples, load.samples)
+    return least[::-1]
+
+
+def _first_fit(units: Sequence[Unit], least: Sequence[Load], budget: Budget) -> list[list[Unit]]:
+    """Puts each unit into the first bin that takes it, or into a new one."""
+    bins: list[list[Unit]] = []
+    loads: list[Load] = []
+    open_places: list[int] = []  # of the bins that may take a unit yet, in order
+    for unit, least_after in zip(units, least, strict=True):
+        place = next((place for place in open_places if (loads[place] + unit[0]).fits(budget)), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            loads.append(Load())
+            open_places.append(place)
+        bins[place].append(unit)
+        loads[place] += unit[0]
+        if not (loads[place] + least_after).fits(budget):
+            open_places.remove(place)
+    return bins
+
+
+def _balance(units: Sequence[Unit], least: Sequence[Load], number: int, budget: Budget) -> list[list[Unit]] | None:
     """Puts each unit, costliest first, into the cheapest of ``number`` bins that takes it; None: one fits nowhere."""
     bins: list[list[Unit]] = [[] for _ in range(number)]
     loads = [Load()] * number
-    for unit in units:
-        fitting = [place for place in range(number) if not bins[place] or (loads[place] + unit[0]).fits(budget)]
-        if not fitting:
+    cheapest = [(0, place) for place in range(number)]  # a heap of the bins that may take a unit yet
+    for unit, least_after in zip(units, least, strict=True):
+        refused: list[tuple[int, int]] = []
+        while cheapest:
+            cost, place = heappop(cheapest)
+            if not bins[place] or (loads[place] + unit[0]).fits(budget):
+                break
+            refused.append((cost, place))
+        else:
             return None
-        place = min(fitting, key=lambda place: loads[place].cost)
         bins[place].append(unit)
         loads[place] += unit[0]
+        if (loads[place] + least_after).fits(budget):
+            refused.append((loads[place].cost, place))
+        for one in refused:
+            heappush(cheapest, one)
     return bins
 
 

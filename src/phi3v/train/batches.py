@@ -23,6 +23,9 @@ from phi3v.train.faults import DeadWorkerError
 from phi3v.train.feature_cache import FeatureCache
 from phi3v.train.order import EpochOrder
 
+REMEMBERED_PLANS = 32
+"""Steps whose plans are kept: as many as a loader is ahead."""
+
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
@@ -73,8 +76,10 @@ class Windows:
         self.batch_size = batch_size
         self.packing = packing
         self.rank = rank
-        # A loader reads ahead, over the end of an epoch too: two orders are in use at a time.
+        # A loader reads ahead, over the end of an epoch too: two orders are in use at a time, and several plans, each
+        # of which is asked for again when its step begins and when its micro-batches are fetched.
         self._order_of = lru_cache(maxsize=2)(order.of)
+        self._plan_of = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
@@ -88,6 +93,9 @@ class Windows:
 
     def plan(self, step: int) -> WindowPlan:
         """Returns how optimizer step ``step`` is computed."""
+        return self._plan_of(step)
+
+    def _plan(self, step: int) -> WindowPlan:
         window = self.window(step)
         ranks = plan_window(self.costs, window, self.packing)
         return WindowPlan(

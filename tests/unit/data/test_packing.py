@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import plain_packing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,49 @@ def test_a_window_is_shared_out_whole_and_within_the_budget(costs: SampleCosts, 
             if len(group) > 1:
                 assert len({costs.stem_keys[index] for index in group}) == 1 and costs.stem_tokens[group[0]]
                 assert len({costs.tokens[index] > packing.short_positions for index in group}) == 1
+
+
+@given(data_sets(), packings, st.randoms(use_true_random=False))
+def test_plans_are_those_of_the_plain_planner(costs: SampleCosts, packing: Packing, dice) -> None:
+    window = [dice.randrange(len(costs)) for _ in range(dice.randint(1, 60))]
+    assert plan_window(costs, window, packing) == plain_packing.plan_window(costs, window, packing)
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_ranks"),
+    [(Budget(16384), 1), (Budget(16384, 150), 8), (Budget(samples=4), 3), (Budget(samples=1), 1), (Budget(), 1)],
+    ids=str,
+)
+def test_plans_of_large_windows_are_those_of_the_plain_planner(budget: Budget, num_ranks: int) -> None:
+    costs = document_costs(400)
+    packing = Packing(budget, shared_questions=8, num_ranks=num_ranks)
+    window = range(400)
+    assert plan_window(costs, window, packing) == plain_packing.plan_window(costs, window, packing)
+
+
+def document_costs(num: int) -> SampleCosts:
+    """About four questions a page of 2,511 positions, as DocVQA has them."""
+    dice = np.random.default_rng(0)
+    stem, crops = np.full(num, 2511, np.int32), np.full(num, 17, np.int32)
+    tokens = stem + dice.integers(20, 60, num, dtype=np.int32)
+    pages = np.sort(dice.integers(0, num // 4, num)).astype(np.uint64)
+    return SampleCosts(tokens, np.full(num, 5, np.int32), crops, stem, crops, pages)
+
+
+def test_the_work_of_planning_grows_with_the_window_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_looks = 0
+    fits = Load.fits
+
+    def counted(self: Load, budget: Budget) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return fits(self, budget)
+
+    monkeypatch.setattr(Load, "fits", counted)
+    for budget in (Budget(samples=1), Budget(samples=4), Budget(16384)):
+        num_looks = 0
+        plan_window(document_costs(800), range(800), Packing(budget, shared_questions=8))
+        assert num_looks < 10 * 800
 
 
 def reference_load(costs: SampleCosts, batch: MicroBatch) -> Load:

@@ -14,6 +14,7 @@ from phi3v.data.dataset import ConversationDataset, check_dataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import Budget, CostRecorder, MicroBatch, Packing, SampleCosts, load_of
 from phi3v.model.processing_phi3_v import Phi3VProcessor
+from phi3v.train import batches
 from phi3v.train.batches import TrainingSamples, WindowReader, Windows
 from phi3v.train.order import Shuffled, StemsTogether
 from training import TOKENS_PER_SIDE, unpack, write_shared_data, write_training_data
@@ -55,6 +56,21 @@ def test_a_step_knows_its_samples() -> None:
         assert plan.samples == len(window)
         assert plan.tokens == plan.computed_tokens == sum(10 + index % 5 for index in window)
         assert plan.supervised == sum(1 + index % 3 for index in window)
+
+
+def test_a_step_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = Counter()
+    plan_window = batches.plan_window
+
+    def counted(costs: SampleCosts, window: list[int], packing: Packing) -> list[list[MicroBatch]]:
+        planned[tuple(window)] += 1
+        return plan_window(costs, window, packing)
+
+    monkeypatch.setattr(batches, "plan_window", counted)
+    one = windows()
+    plans = [one.plan(step) for _ in range(3) for step in range(6)]
+    assert plans[:6] == plans[6:12] == plans[12:]
+    assert set(planned.values()) == {1} and len(planned) == 6
 
 
 @given(num=st.integers(1, 40), micro=st.integers(1, 4), ranks=st.integers(1, 4), batch=st.integers(1, 13))
