@@ -34,6 +34,7 @@ from .folder import (
 )
 from .four_bit import four_bit_loading, make_exact_on_cpu, require_four_bit
 from .modeling_phi3_v import Phi3VForCausalLM
+from .packed_forward import release_towers
 from .processing_phi3_v import Phi3VProcessor
 
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
@@ -326,9 +327,7 @@ def merge_adapter(model: PeftModel, dtype: torch.dtype) -> Phi3VForCausalLM:
     merge differs from the adapter model by one rounding of the weights and no more. ``model`` is used up.
     """
     merged = model.merge_and_unload(safe_merge=True).to(dtype)  # pyright: ignore[reportCallIssue]
-    # The packed forward lays weights behind each other, with room for adapters between their columns.
-    for parameter in merged.parameters():
-        parameter.data = parameter.data.contiguous()
+    release_towers(merged.model)
     merged.config.dtype = dtype
     return merged
 

@@ -20,7 +20,7 @@ from .compute import Compute
 from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
 from .loss import mean_token_loss, weighted_token_loss
 from .packed import PackedBatch
-from .packed_forward import packed_loss
+from .packed_forward import packed_loss, release_towers
 from .packed_layers import PackedClipLayer, PackedDecoderLayer
 from .rope import Phi3VRotaryEmbedding
 from .vision_phi3_v import Phi3VImageEmbedding
@@ -80,6 +80,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As torch's; a packed forward may have left weights in memory that no file format takes."""
+        release_towers(self)
+        return super().state_dict(*args, **kwargs)
 
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None

@@ -1,7 +1,9 @@
 """The model on packed rows: what training computes, and the decoder that generation shares with it.
 
-``PackedTowers`` holds, beside a model, what its layers need for it; the parameters stay the model's own, so that
-saving, PEFT and optimizers see nothing of it.
+``PackedTowers`` holds, beside a model, what its layers need for it. The parameters stay the model's own, but frozen
+weights under adapters come to lie in other memory, with the adapters' columns between their rows: PEFT and optimizers
+see nothing of it, safetensors would refuse it. ``state_dict`` therefore lays them apart again (``release_towers``), and
+with it everything that saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +13,12 @@ import torch
 from torch import nn
 
 from .compute import Compute
-from .float8 import Float8Compute
+from .linear.float8 import Float8Compute
+from .linear.products import ProjectionCompute
 from .loss import target_loss
 from .packed import PackedBatch, PackLayout
 from .packed_attention import PackedAttention
 from .packed_layers import Call, Layer, Rope, run_layer
-from .projection import ProjectionCompute
 
 if TYPE_CHECKING:
     from .modeling_phi3_v import Phi3VForCausalLM, Phi3VModel
@@ -51,11 +53,11 @@ class PackedTowers:
         self.vision = [Layer(module) for module in _vision_layers(model)]
 
     def is_of(self, model: "Phi3VModel") -> bool:
-        """Says whether the model's linear layers are still the ones that this was made from."""
+        """Says whether the model's layers are still those that this was made from, computing the same adapters."""
         return all(
-            layer.is_of(module)
+            len(layers) == len(modules)
+            and all(layer.is_of(module) for layer, module in zip(layers, modules, strict=True))
             for layers, modules in ((self.decoder, model.layers), (self.vision, _vision_layers(model)))
-            for layer, module in zip(layers, modules, strict=True)
         )
 
 
@@ -64,7 +66,7 @@ def _vision_layers(model: "Phi3VModel") -> list[nn.Module]:
 
 
 def towers_of(model: "Phi3VModel") -> PackedTowers:
-    """Returns a model's towers, made anew when adapters came or went."""
+    """Returns a model's towers, made anew when its layers or their adapters are others."""
     towers: PackedTowers | None = vars(model).get("_packed_towers")
     if towers is None or not towers.is_of(model):
         towers = PackedTowers(model)
@@ -74,10 +76,14 @@ def towers_of(model: "Phi3VModel") -> PackedTowers:
 
 
 def release_towers(model: "Phi3VModel") -> None:
-    """Lets go of working copies; every weight lies by itself again, and not beside adapters' columns."""
+    """Lets go of working copies; every weight lies by itself again, and not beside adapters' columns.
+
+    The next packed forward makes all of it anew.
+    """
     vars(model).pop("_packed_towers", None)
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
 
 
 def product_dtype(model: "Phi3VModel") -> torch.dtype:

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from . import kernels
 from .compute import Checkpointing
+from .linear.products import Gradients, ProjectionCompute
+from .linear.projection import Projection
 from .packed_attention import PackedAttention, Stats
-from .projection import Gradients, Projection, ProjectionCompute
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Stats]]
 """Queries, keys, values (T, heads, head_dim) -> the result of that shape, and what its backward pass needs."""
@@ -44,18 +46,18 @@ class Norm:
     """
 
     def __init__(self, module: nn.Module, eps: float) -> None:
-        self._module = module
+        self.module = module
         self.eps = eps
 
     @property
     def weight(self) -> nn.Parameter:
         """(H,)."""
-        return self._module.weight  # pyright: ignore[reportReturnType]
+        return self.module.weight  # pyright: ignore[reportReturnType]
 
     @property
     def bias(self) -> nn.Parameter | None:
         """(H,); RMSNorm has none."""
-        return getattr(self._module, "bias", None)
+        return getattr(self.module, "bias", None)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -99,14 +101,12 @@ class Layer:
         assert isinstance(module, PackedDecoderLayer | PackedClipLayer)
         self.module = module
         if isinstance(module, PackedClipLayer):
-            norms = module.layer_norm1, module.layer_norm2
             eps = module.layer_norm1.eps
             self._activation = "quick_gelu"
         else:
-            norms = module.input_layernorm, module.post_attention_layernorm
             eps = module.input_layernorm.variance_epsilon
             self._activation = "swiglu"
-        self._norm1, self._norm2 = (Norm(norm, eps) for norm in norms)
+        self._norm1, self._norm2 = (Norm(norm, eps) for norm in _norms(module))
         qkv, out, up, down = _linears(module)
         # Attention gives its result in memory of its own: its reader's adapters do without room in it.
         self._qkv, self._out = Projection(qkv), Projection(out, has_room=False)
@@ -125,8 +125,12 @@ class Layer:
         return any(projection.dropout for projection in self._projections)
 
     def is_of(self, module: nn.Module) -> bool:
-        """Says whether the module's linear layers are still the ones that this was made from."""
-        return all(own.is_of(sources) for own, sources in zip(self._projections, _linears(module), strict=True))
+        """Says whether this is still made from the module's norms and linear layers, computing the same adapters."""
+        return (
+            module is self.module
+            and all(own.module is norm for own, norm in zip((self._norm1, self._norm2), _norms(module), strict=True))
+            and all(own.is_of(sources) for own, sources in zip(self._projections, _linears(module), strict=True))
+        )
 
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, call: "Call", attend: Attend
@@ -232,6 +236,13 @@ class Layer:
         return out
 
 
+def _norms(module: Any) -> tuple[nn.Module, nn.Module]:
+    """Returns a layer's norms: in front of attention and of the MLP."""
+    if isinstance(module, PackedClipLayer):
+        return module.layer_norm1, module.layer_norm2
+    return module.input_layernorm, module.post_attention_layernorm
+
+
 def _linears(module: Any) -> tuple[list[nn.Module], ...]:
     """Returns a layer's linear layers: queries, keys and values; attention's output; the MLP's two."""
     attention, mlp = module.self_attn, module.mlp
@@ -281,6 +292,7 @@ class _LayerFunction(torch.autograd.Function):
         return stream, added
 
     @staticmethod
+    @once_differentiable  # autograd would take the gradients for constants
     def backward(ctx: Any, grad_stream: torch.Tensor, grad_added: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         layer: Layer = ctx.layer
         call: Call = ctx.call

@@ -80,7 +80,7 @@ def test_activations(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_keeps_the_largest_number_and_relative_precision(dtype: torch.dtype) -> None:
-    from phi3v.model.float8 import quantised
+    from phi3v.model.linear.float8 import quantised
 
     x = torch.randn(50, 40) * 1e-3
     small, scale = quantised(x, dtype)

@@ -1,6 +1,7 @@
 """The packed forward equals the padded one, question by question: loss and every gradient."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
+from safetensors.torch import load_file, save_file
 
 from packs import Pack, Question
+from phi3v.errors import ConfigError
 from phi3v.model.checkpoint import load_four_bit_model, load_model
 from phi3v.model.compute import Compute
 from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.linear.working_copies import announce_changed_weights
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.packed_forward import release_towers
 from phi3v.model.parts import is_never_used
 
 TOLERANCE = 2e-5
@@ -90,10 +97,10 @@ def test_choices_of_compute_change_nothing(trainable: Phi3VForCausalLM, checkpoi
     assert_same(trainable, mixed_pack(trainable.config))
 
 
-@pytest.mark.parametrize("with_dora", [False, True])
-def test_gradients_of_several_packs_add_up_in_place(trainable: Phi3VForCausalLM, with_dora: bool) -> None:
+@pytest.mark.parametrize("adapters", [None, "lora", "dora"])
+def test_gradients_of_several_packs_add_up_in_place(trainable: Phi3VForCausalLM, adapters: str | None) -> None:
     pack = mixed_pack(trainable.config).packed()
-    model = adapted(trainable, use_dora=True) if with_dora else trainable
+    model = adapted(trainable, use_dora=adapters == "dora") if adapters else trainable
     _, once = gradients(model, lambda: model(packed=pack).loss)
     trainable.compute = Compute(accumulates_in_place=True)
     model.zero_grad()
@@ -322,3 +329,186 @@ def test_float8_losses_follow_float32s(tiny_dir: Path) -> None:
     exact, eighth = curves
     assert exact[-1] < exact[0] / 10 and eighth[-1] < exact[0] / 10
     assert max(abs(one - other) for one, other in zip(exact, eighth, strict=True)) < exact[0] / 50
+
+
+# --- what changes between two packs
+
+
+def switch_adapter(wrapped: Any) -> None:
+    wrapped.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules=r".*\.(qkv_proj|fc1)", use_dora=True))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B.other" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.set_adapter("other")
+
+
+def delete_the_first_adapter(wrapped: Any) -> None:
+    switch_adapter(wrapped)
+    wrapped.delete_adapter("default")
+
+
+def halve_the_scaling(wrapped: Any) -> None:
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(0.5)
+
+
+def swap_the_adapter(wrapped: Any) -> None:
+    changed = {name: torch.randn_like(one) * 0.1 for name, one in wrapped.named_parameters() if "lora_" in name}
+    settings = LoraConfig(**{**wrapped.peft_config["default"].to_dict(), "lora_alpha": 11})
+    hotswap_adapter_from_state_dict(wrapped, changed, adapter_name="default", config=settings)
+
+
+def replace_a_norm(wrapped: Any) -> None:
+    layer = wrapped.get_base_model().model.layers[0]
+    layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
+    layer.input_layernorm.weight.data *= 1.5
+
+
+def replace_a_layer(wrapped: Any) -> None:
+    layers = wrapped.get_base_model().model.layers
+    layers[0] = copy.deepcopy(layers[0])
+    for parameter in layers[0].parameters():
+        parameter.data *= 1.2
+
+
+def drop_a_layer(wrapped: Any) -> None:
+    body = wrapped.get_base_model().model
+    body.layers = body.layers[:-1]
+
+
+def repeat_a_layer(wrapped: Any) -> None:
+    layers = wrapped.get_base_model().model.layers
+    layers.append(copy.deepcopy(layers[0]))
+
+
+CHANGES = [
+    switch_adapter,
+    delete_the_first_adapter,
+    halve_the_scaling,
+    swap_the_adapter,
+    replace_a_norm,
+    replace_a_layer,
+    drop_a_layer,
+    repeat_a_layer,
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "use_dora"),
+    [(change, False) for change in CHANGES] + [(change, True) for change in CHANGES if change is not swap_the_adapter],
+)
+def test_a_change_between_packs_is_seen(trainable: Phi3VForCausalLM, change: Any, use_dora: bool) -> None:
+    """Adapters that PEFT switches, scales or swaps (it swaps none of DoRA's), and modules that are replaced."""
+    wrapped = adapted(trainable, use_dora=use_dora)
+    pack = mixed_pack(trainable.config)
+    before = float(wrapped(packed=pack.packed()).loss.detach())
+    change(wrapped)
+    assert float(separate_loss(wrapped, pack).detach()) != pytest.approx(before, rel=1e-4)
+    assert_same(wrapped, pack)
+
+
+def test_weights_written_past_torch_are_seen_once_that_is_said(trainable: Phi3VForCausalLM) -> None:
+    """Copies in 16 bit of float32 weights: nothing about a tensor tells a write through ``.data``."""
+    pack = mixed_pack(trainable.config).packed()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = trainable(packed=pack).loss.detach()
+        for parameter in trainable.model.layers.parameters():
+            parameter.data.mul_(1.5)
+        announce_changed_weights()
+        after = trainable(packed=pack).loss.detach()
+        fresh = copy.deepcopy(trainable)(packed=pack).loss.detach()
+    assert after == fresh != before
+
+
+def held_bytes() -> int:
+    """Counts the bytes of all tensors that are alive."""
+    gc.collect()
+    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_weights_are_in_memory_once(trainable: Phi3VForCausalLM, dtype: torch.dtype) -> None:
+    """Laid beside the adapters' columns they leave their former memory; counted by all tensors' bytes."""
+    wrapped = adapted(trainable.to(dtype))
+    pack = mixed_pack(trainable.config).packed()
+    pack.crops = pack.crops.to(dtype)
+    weights = sum(one.nbytes for name, one in wrapped.named_parameters() if ".layers." in name and "base_layer" in name)
+    before = held_bytes()
+    with torch.no_grad():
+        wrapped(packed=pack)
+    assert held_bytes() - before < weights / 3
+
+
+def merged(wrapped: Any) -> Any:
+    return wrapped.merge_and_unload()
+
+
+def unloaded(wrapped: Any) -> Any:
+    return wrapped.unload()
+
+
+@pytest.mark.parametrize("result", [merged, unloaded])
+def test_a_model_that_was_packed_is_saved_by_transformers(
+    trainable: Phi3VForCausalLM, result: Any, tmp_path: Path
+) -> None:
+    wrapped = adapted(trainable)
+    expected = {name: one.clone() for name, one in result(copy.deepcopy(wrapped)).state_dict().items()}
+    with torch.no_grad():
+        wrapped(packed=mixed_pack(trainable.config).packed())
+    result(wrapped).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], one) for name, one in expected.items())
+
+
+def test_weights_of_a_packed_model_are_written_by_safetensors(trainable: Phi3VForCausalLM, tmp_path: Path) -> None:
+    """And share their memory with the parameters: what is read into them is read into the model."""
+    wrapped = adapted(trainable)
+    pack = mixed_pack(trainable.config).packed()
+    with torch.no_grad():
+        before = wrapped(packed=pack).loss
+        state = wrapped.state_dict()
+        save_file(state, tmp_path / "all.safetensors")
+        parameters = dict(wrapped.named_parameters())
+        assert all(state[name].data_ptr() == one.data_ptr() for name, one in parameters.items())
+        assert wrapped(packed=pack).loss == before
+    wrapped.get_base_model().save_pretrained(tmp_path / "base")
+
+
+def test_released_towers_hold_nothing(trainable: Phi3VForCausalLM) -> None:
+    wrapped = adapted(trainable)
+    pack = mixed_pack(trainable.config).packed()
+    held = []
+    for _ in range(2):  # the first time rotations' frequencies are made, which stay
+        with torch.no_grad():
+            wrapped(packed=pack)
+        held.append(held_bytes())
+        release_towers(trainable.model)
+        held.append(held_bytes())
+    assert held[2] > held[3] == held[1]
+    assert all(one.is_contiguous() for one in trainable.parameters())
+
+
+def test_second_derivatives_are_refused(trainable: Phi3VForCausalLM) -> None:
+    parameters = [trainable.model.layers[0].mlp.down_proj.weight, trainable.lm_head.weight]
+    loss = trainable(packed=mixed_pack(trainable.config).packed()).loss
+    first = torch.autograd.grad(loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([one.pow(2).sum() for one in first]).sum().backward()
+
+
+def test_float8_on_layers_in_4_bit_is_refused(wide_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_four_bit_model(wide_dir, dtype="float32")
+    model.compute = Compute(fp8=True)
+    with pytest.raises(ConfigError, match="fp8"):
+        model(packed=mixed_pack(model.config).packed())
+
+
+def test_norms_learn_alone(trainable: Phi3VForCausalLM) -> None:
+    """Also the first one, in front of a projection that nothing else asks for its input's gradient."""
+    for name, parameter in trainable.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "layer_norm" in name)
+    assert_same(trainable, mixed_pack(trainable.config))

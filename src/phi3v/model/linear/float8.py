@@ -9,8 +9,11 @@ fastest on Hopper.
 
 import torch
 
-from . import kernels
-from .projection import Projection, ProjectionCompute
+from ...errors import ConfigError
+from .. import kernels
+from .held_weights import HeldWeights
+from .products import ProjectionCompute
+from .working_copies import state_of
 
 
 class Float8Compute(ProjectionCompute):
@@ -18,33 +21,35 @@ class Float8Compute(ProjectionCompute):
 
     fp8 = True
 
-    def multiply(self, projection: Projection, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        weight, scale = self._weight(projection, x.dtype, is_transposed=False)
+    def multiply(self, held: HeldWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, scale = _float8_weight(held, x.dtype, is_transposed=False)
         y = scaled_product(*quantised(x, torch.float8_e4m3fn), weight.t(), scale, x.dtype)
-        self.release(projection)
+        self.release(held)
         return y if bias is None else y.add_(bias)
 
-    def multiply_back(self, projection: Projection, grad: torch.Tensor) -> torch.Tensor:
-        weight, scale = self._weight(projection, grad.dtype, is_transposed=True)
+    def multiply_back(self, held: HeldWeights, grad: torch.Tensor) -> torch.Tensor:
+        weight, scale = _float8_weight(held, grad.dtype, is_transposed=True)
         grad_x = scaled_product(*quantised(grad, torch.float8_e5m2), weight.t(), scale, grad.dtype)
-        self.release(projection)
+        self.release(held)
         return grad_x
 
-    def _weight(
-        self, projection: Projection, dtype: torch.dtype, *, is_transposed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the weights in float8, (out, in) or (in, out) as the product reads them along its sums, and scale."""
 
-        sources = projection.weights
-        scale = projection.working_copy(
-            "float8 scale", sources, dtype, lambda: scale_of(projection.exact_weight(), torch.float8_e4m3fn)
-        )
-        straight = projection.working_copy(
-            "float8", sources, dtype, lambda: scaled_to_float8(projection.exact_weight(), scale, torch.float8_e4m3fn)
-        )
-        if not is_transposed:
-            return straight, scale
-        return projection.working_copy("float8 transposed", sources, dtype, lambda: straight.t().contiguous()), scale
+def _float8_weight(held: HeldWeights, dtype: torch.dtype, *, is_transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the weights in float8, (out, in) or (in, out) as the product reads them along its sums, and scale.
+
+    Raises:
+        ConfigError: the weights are held in 4 bit.
+    """
+    if held.is_four_bit:
+        raise ConfigError("fp8 multiplies weights of 16 or 32 bit, and the decoder is held in 4 bit; leave fp8 out")
+    state = state_of(held.weights, dtype)
+    scale = held.copies.get("float8 scale", state, lambda: scale_of(held.exact_weight(), torch.float8_e4m3fn))
+    straight = held.copies.get(
+        "float8", state, lambda: scaled_to_float8(held.exact_weight(), scale, torch.float8_e4m3fn)
+    )
+    if not is_transposed:
+        return straight, scale
+    return held.copies.get("float8 transposed", state, lambda: straight.t().contiguous()), scale
 
 
 def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

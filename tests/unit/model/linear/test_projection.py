@@ -11,9 +11,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from phi3v.errors import ConfigError
-from phi3v.model import projection as projection_module
-from phi3v.model.float8 import Float8Compute
-from phi3v.model.projection import Projection, ProjectionCompute, row_norms, set_magnitudes_to_norms
+from phi3v.model.linear import dora, products
+from phi3v.model.linear.dora import row_norms, set_magnitudes_to_norms
+from phi3v.model.linear.float8 import Float8Compute
+from phi3v.model.linear.products import ProjectionCompute
+from phi3v.model.linear.projection import Projection
 
 WIDTH, SEED = 64, 3
 
@@ -134,7 +136,7 @@ def test_output_and_gradients_are_pefts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Float32: within 1e-5. 4-bit layers compute in float32 here."""
-    monkeypatch.setattr(projection_module, "ROWS_A_SUM", 32)
+    monkeypatch.setattr(products, "ROWS_A_SUM", 32)
     layers = make_layers(kind, base, use_dora=use_dora, lora_dropout=dropout, use_rslora=use_rslora)
     x, grad = inputs(kind, rows)
     expected, gradients = by_peft(layers, x, grad)
@@ -227,7 +229,7 @@ def test_rows_are_measured_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = make_layers("one layer", "32 bit", use_dora=True)
     projection = Projection(list(layers.values()), has_room=False)
     calls: list[int] = []
-    monkeypatch.setattr(projection_module, "row_norms", lambda *args: calls.append(1) or row_norms(*args))
+    monkeypatch.setattr(dora, "row_norms", lambda *args: calls.append(1) or row_norms(*args))
     compute = ProjectionCompute(accumulates_in_place=False, keeps_copies=False)
     x, grad = inputs("one layer")
     for steps in (1, 2):
