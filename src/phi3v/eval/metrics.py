@@ -63,10 +63,11 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one question: the best over its answers.
 
-    ``1 - NL`` with ``NL = edit distance / longer length`` of the lower-cased, stripped texts; 0 when NL is
-    ``ANLS_THRESHOLD`` or more.
+    ``1 - NL`` with ``NL = edit distance / longer length`` of the lower-cased texts, any space between words counting as
+    one; 0 when NL is ``ANLS_THRESHOLD`` or more.
 
-    Source: Biten et al. 2019, Scene Text Visual Question Answering, section 4; DocVQA scores with it.
+    Source: Biten et al. 2019, Scene Text Visual Question Answering, section 4; DocVQA scores with it. Spaces as in the
+    scoring code that is mostly used, which however divides by lengths taken before, and lets NL = 1/2 score 1/2.
 
     >>> anls("ITC Limted", ["ITC Limited", "ITC"])  # one letter of eleven is missing
     0.9090909090909091
@@ -101,7 +102,8 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 when the prediction is one of the answers, a number within five percent of it; else 0.
 
     Numbers may hold thousands separators; a percentage is its hundredth, so ``12%`` is 0.12 and not 12. Texts must be
-    equal but for case and surrounding space; so must a number whose answer is 0.
+    equal but for case and surrounding space. Where the answer is 0 any way of writing 0 is right (``0.0`` for ``0``),
+    and nothing else.
 
     Source: Methani et al. 2020, PlotQA; Masry et al. 2022, ChartQA, section 5; percentages as in the evaluation code
     published with Pix2Struct.
@@ -207,7 +209,7 @@ def levenshtein(left: str, right: str) -> int:
 
 
 def _similarity(prediction: str, answer: str) -> float:
-    left, right = prediction.strip().lower(), answer.strip().lower()
+    left, right = (" ".join(text.lower().split()) for text in (prediction, answer))
     longer = max(len(left), len(right))
     if longer == 0:
         return 1.0
