@@ -62,8 +62,8 @@ def run_lines(run: Mapping[str, Any]) -> list[str]:
     if "baseline" in run:
         baseline = run["baseline"]
         rows["baseline"] = (
-            f"{baseline['samples_per_s']:.4g} samples/s, {memory_text(baseline['memory'])}: {run['ratio']:.3g} times "
-            "as fast"
+            f"{baseline['samples_per_s']:.4g} samples/s, memory {memory_text(baseline['memory'])}: {run['ratio']:.3g} "
+            "times as fast"
         )
     return [*lines, *(f"  {name:10} {text}" for name, text in rows.items())]
 
@@ -92,7 +92,9 @@ def table_lines(measured: Mapping[str, Any]) -> list[str]:
 
 
 def memory_text(memory: Mapping[str, int]) -> str:
-    """Says the peak of a GPU's memory or of the process's."""
+    """Says the peak of a GPU's memory or of the process's; nothing is known where several share a process's peak."""
+    if not memory:
+        return "not measured"
     if "allocated_bytes" in memory:
         return f"{memory['allocated_bytes'] / 1e9:.1f} GB ({memory['reserved_bytes'] / 1e9:.1f} reserved)"
     return f"{memory['process_bytes'] / 1e9:.2f} GB of the process"

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -43,9 +44,11 @@ def run_bench(options: BenchOptions, show: Callable[[str], object] = print) -> d
         ``runs``: one for each thing that was measured.
 
     Raises:
-        ConfigError: options that this machine cannot follow.
+        ConfigError: options that this machine cannot follow, or a file that cannot be written.
         CapacityError: the one thing to measure does not fit the device's memory.
     """
+    if options.output is not None:
+        _require_writable(options.output)
     device = torch.device(resolve_device(options.device))
     config = bench_config(options.tiny)
     rates = measure_rates(device)
@@ -80,6 +83,19 @@ def run_bench(options: BenchOptions, show: Callable[[str], object] = print) -> d
         for line in page.table_lines(measured):
             show(line)
     return measured
+
+
+def _require_writable(file: Path) -> None:
+    """Makes sure, before minutes of measuring, that a file can be written; its content stays as it is.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--output {file}: cannot be written ({error.strerror or error})") from error
 
 
 class Bench:
@@ -122,6 +138,8 @@ class Bench:
         found |= {"precision": trainee.precision.name, "policy": policy.to_dict()}
         if "baseline" in found:
             found["ratio"] = found["samples_per_s"] / found["baseline"]["samples_per_s"]
+            if self._device.type != "cuda":  # a process's peak never falls: both would show the larger of the two
+                found["memory"] = found["baseline"]["memory"] = {}
         return found
 
     def _samples(self, options: BenchOptions) -> list[PackSample]:

@@ -23,7 +23,7 @@ from phi3v.bench.workload import Workload, draw_samples, work_of
 from phi3v.cli import main
 from phi3v.config import PARTS
 from phi3v.data.packing import Budget
-from phi3v.errors import CapacityError
+from phi3v.errors import CapacityError, ConfigError
 from phi3v.flops import Work, count_flops
 from phi3v.geometry import num_image_tokens
 from phi3v.model.compute import Compute
@@ -41,7 +41,7 @@ def numbers_of(value: object) -> list[float]:
 
 
 def test_the_command_writes_everything_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "bench.json"
+    output = tmp_path / "new" / "bench.json"
     small = ["--tiny", "--device=cpu", "--num-crops=4", "--batch-size=4", "--steps=3", "--warmup-steps=1"]
     assert main(["bench", *small, "--baseline", "--baseline-samples=3", "--output", str(output)]) == 0
     measured = json.loads(output.read_text())
@@ -54,7 +54,8 @@ def test_the_command_writes_everything_it_measured(tmp_path: Path, capsys: pytes
     assert all(number > 0 for number in numbers_of(run["split_seconds"]))
     assert run["samples_a_step"] == [4, 4, 4] and len(run["step_seconds"]) == 3 and len(run["warmup_seconds"]) == 1
     assert all(loss == loss and 0 < loss < 100 for loss in run["losses"])
-    assert min(numbers_of(run["memory"])) > 0
+    # A process's peak never falls, so that beside a baseline neither's own is known.
+    assert run["memory"] == run["baseline"]["memory"] == {}
 
     low, high = run["samples_per_s_range"]
     assert 0 < low <= run["samples_per_s"] <= high
@@ -67,6 +68,16 @@ def test_the_command_writes_everything_it_measured(tmp_path: Path, capsys: pytes
 
     printed = capsys.readouterr().out
     assert f"{run['samples_per_s']:.4g} (" in printed and "times as fast" in printed
+    assert "memory     not measured" in printed and "samples/s, memory not measured" in printed
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phi3v.bench.run.measure_rates", lambda device: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--output .*cannot be written"):
+        run_bench(BenchOptions(**TINY, output=tmp_path / "file" / "bench.json"))
 
 
 @pytest.mark.parametrize("questions", [1.0, 2.0])
@@ -74,6 +85,7 @@ def test_operations_are_those_of_the_samples(questions: float) -> None:
     options = BenchOptions(**TINY, questions_per_image=questions)
     config = bench_config(True)
     run = Bench(config, CPU).measure(options)
+    assert min(numbers_of(run["memory"])) > 0
     rows = num_image_tokens((2, 2), config.tokens_per_side)
     stem = 3 + rows
     total = 0
