@@ -7,31 +7,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
 
 from phi3v import __version__
-from phi3v.arguments import Parser, exit_code, is_first_process, positive, with_underscores
+from phi3v.arguments import Parser, exit_code, with_underscores
 from phi3v.cli.bench import bench
+from phi3v.cli.configured import evaluate, train
 from phi3v.cli.data import data
 from phi3v.cli.export import export, merge
-from phi3v.config import (
-    SECTIONS,
-    Device,
-    EvalConfig,
-    Precision,
-    RopeMode,
-    RunConfig,
-    TrainConfig,
-    describe_fields,
-    load_config,
-)
-from phi3v.errors import DataError
-from phi3v.settings import Setting
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
+from phi3v.cli.generate import generate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,72 +43,6 @@ def _run(arguments: Sequence[str]) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     VERBS[parsed.verb](parsed.arguments)
-
-
-def train(arguments: Sequence[str]) -> None:
-    """Fine-tune a model, or go on with an interrupted run."""
-    config = _read_config("train", TrainConfig, arguments)
-    from phi3v.train.run import run_training
-
-    run = run_training(config)
-    if is_first_process():
-        print(f"run directory: {run}")
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """Score a model's answers to a data set's questions."""
-    config = _read_config("eval", EvalConfig, arguments)
-    from phi3v.eval.run import run_evaluation
-
-    result = run_evaluation(config)
-    score = result.score
-    print(
-        f"{score.metric} {score.score:.4f} ({score.confidence:.0%} interval {score.low:.4f} to {score.high:.4f}, "
-        f"{score.n} questions, {result.seconds:.1f} s); results in {config.output_dir}"
-    )
-
-
-def generate(arguments: Sequence[str]) -> None:
-    """Answer one prompt about some images."""
-    parser = _verb_parser("generate")
-    parser.add_argument("--model", required=True, metavar="PATH", help="published-layout folder, hub id or adapter")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's text")
-    parser.add_argument(
-        "--image", action="append", default=[], type=Path, metavar="PATH", help="an image; repeat for more, in order"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument(
-        "--max_new_tokens", type=positive, default=64, metavar="N", help="longest answer, tokens (default: 64)"
-    )
-    parser.add_argument(
-        "--num_crops",
-        type=positive,
-        metavar="N",
-        help="most crops an image is cut into (default: the model's own)",
-    )
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: auto")
-    parser.add_argument("--rope_mode", choices=get_args(RopeMode), default="auto", help="default: auto")
-    parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
-    options = parser.parse_args(with_underscores(arguments))
-    images = [_open_image(path) for path in options.image]
-    from phi3v.eval.generate import generate_once
-    from phi3v.model.checkpoint import load_model, load_processor
-    from phi3v.model.placement import DTYPE_NAMES, resolve_device, resolve_precision
-
-    device = resolve_device(options.device)
-    dtype = DTYPE_NAMES[resolve_precision(options.precision, device)]
-    processor = load_processor(options.model, num_crops=options.num_crops)
-    model = load_model(options.model, dtype=dtype, rope_mode=options.rope_mode, device=device)
-    answer = generate_once(
-        model,
-        processor,
-        options.prompt,
-        images,
-        system=options.system,
-        max_new_tokens=options.max_new_tokens,
-        num_crops=options.num_crops,
-    )
-    print(answer)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -167,52 +84,3 @@ def _purpose(verb: Callable[[Sequence[str]], None]) -> str:
 
 def _verb_parser(name: str) -> Parser:
     return Parser(prog=f"phi3v {name}", description=_purpose(VERBS[name]), allow_abbrev=False)
-
-
-def _read_config(verb: str, cls: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
-    """Reads ``[CONFIG.yaml] [--field value ...]``, or prints the fields and exits when help is asked for."""
-    if "-h" in arguments or "--help" in arguments:
-        _field_help(verb, cls).print_help()
-        raise SystemExit(0)
-    has_file = bool(arguments) and not arguments[0].startswith("-")
-    return load_config(cls, Path(arguments[0]) if has_file else None, arguments[1:] if has_file else arguments)
-
-
-def _field_help(verb: str, cls: type[RunConfig]) -> Parser:
-    """Returns a parser that describes every field; `load_config`, not argparse, reads them."""
-    parser = _verb_parser(verb)
-    parser.usage = f"phi3v {verb} [CONFIG.yaml] [--field value ...]"
-    parser.epilog = (
-        "The configuration file stands first; options win over it. Lists: a,b or a b. none clears a field. "
-        "Relative paths are relative to the working directory."
-    )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="YAML file with `field: value` lines")
-    fields = describe_fields(cls)
-    for section in SECTIONS:
-        group = parser.add_argument_group(section)
-        for one in fields:
-            if one.section == section:
-                help_text = f"{one.doc} [{one.default_text}; {one.allowed}]".replace("%", "%%")
-                if one.kind is bool:
-                    group.add_argument(f"--{one.name}", f"--no-{one.name}", action="store_true", help=help_text)
-                else:
-                    group.add_argument(f"--{one.name}", metavar=_placeholder(one), help=help_text)
-    return parser
-
-
-def _placeholder(one: Setting) -> str:
-    if one.shape == "mapping":
-        return "PART=X,..."
-    if one.choices:
-        return "WORD,..." if one.shape == "list" else "WORD"
-    names: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
-    return f"{names[one.kind]},..." if one.shape == "list" else names[one.kind]
-
-
-def _open_image(path: Path) -> "Image":
-    from phi3v.data.images import UnusableImageError, read_image
-
-    try:
-        return read_image(path)
-    except UnusableImageError as error:
-        raise DataError(f"--image {path}: {error.found}") from error

@@ -95,6 +95,7 @@ def answer_questions(
     settings: EvalSettings,
     share: Share = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Callable[[Prediction], object] = lambda prediction: None,
 ) -> list[Prediction]:
     """Answers every turn of every sample; earlier turns stand in the prompt with their gold answers.
 
@@ -109,6 +110,7 @@ def answer_questions(
         settings: how to ask.
         share: of this process.
         should_stop: asked before every batch: whether this process is to leave the rest unanswered.
+        keep: gets each prediction of this process as soon as it is there; the costliest questions come first.
 
     Returns:
         Predictions of all processes, in the order of the data set.
@@ -151,9 +153,9 @@ def answer_questions(
                 for question, sample, prompt in zip(loaded.questions, loaded.samples, loaded.prompts, strict=True):
                     labels = labels_of(sample.turns[question.turn], settings.labels)
                     text, probabilities = _outcome(processor, prompt, answers[prompt])
-                    answered.append(
-                        (question.key, _prediction(dataset, sample, question.turn, labels, text, probabilities))
-                    )
+                    prediction = _prediction(dataset, sample, question.turn, labels, text, probabilities)
+                    keep(prediction)
+                    answered.append((question.key, prediction))
                 bar.update(len(loaded.questions))
     shares = [(answered, is_stopped)]
     if share.num_ranks > 1:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.packed_forward import product_dtype, run_decoder, stream_dtype
@@ -302,6 +304,24 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def logits_of(model: Phi3VForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
     """Returns the next token's logits: (n, hidden_size) -> (n, vocab_size) float32."""
     return model.lm_head(hidden.to(product_dtype(model.model))).float()
+
+
+def unrounded_logits_of(model: Phi3VForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Does ``logits_of`` without rounding logits to 16 bit: a bfloat16 near 20 may be 0.06 off, and two of them equal.
+
+    Args:
+        model: in evaluation mode.
+        hidden: (n, hidden_size) behind the final norm.
+    """
+    dtype, head = product_dtype(model.model), model.lm_head
+    if dtype == torch.float32:
+        return logits_of(model, hidden)
+    rounded = hidden.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if type(head) is nn.Linear and head.bias is None:
+            return _product(rounded[None], head.weight.to(dtype).t()[None])[0]
+        weights = {name: parameter.float() for name, parameter in head.named_parameters()}
+        return functional_call(head, weights, rounded.float())
 
 
 class Stepper:

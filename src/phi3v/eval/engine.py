@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..model.checkpoint import base_of
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.packed import PackedBatch
 from ..model.packed_attention import PackedAttention, row_alignment
-from ..model.packed_forward import embed_packed, product_dtype, run_decoder
-from .decode import KeyValueStore, Row, Shape, Stepper, logits_of, shape_of
+from ..model.packed_forward import embed_packed, product_dtype, run_decoder, towers_of
+from .decode import KeyValueStore, Row, Shape, Stepper, logits_of, shape_of, unrounded_logits_of
 from .prompts import Group, PackedReadings, Prompt, PromptReader, Reading
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,14 @@ class Engine:
     model's weights stay where they are.
 
     Args:
-        model: ``Phi3VForCausalLM``, or a ``PeftModel`` on one; its training flag is restored after every batch.
+        model: ``Phi3VForCausalLM``, or a ``PeftModel`` on one; its modules' training flags are restored after every
+            batch.
         stop_token_ids: tokens that end an answer.
         max_new_tokens: longest answer, tokens.
         most_questions: answers generated at once; None: as many as the memory holds.
+
+    Raises:
+        CheckpointError: the model's configuration asks for what the packed forward does not compute.
     """
 
     def __init__(
@@ -79,6 +84,10 @@ class Engine:
         most_questions: int | None = None,
     ) -> None:
         base = base_of(model)
+        try:
+            towers_of(base.model)
+        except ValueError as error:
+            raise CheckpointError(f"model {base.name_or_path}: config.json: {error}") from error
         self.max_new_tokens = max_new_tokens
         self._wrapper = model
         self._model = base
@@ -104,7 +113,8 @@ class Engine:
 
     def group(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Puts prompts with common beginnings together; needs no device, so that another thread may do it."""
-        readings = [reading for prompt in prompts for reading in self._reader.read(prompt, self.max_new_tokens)]
+        once = dict.fromkeys(prompts)
+        readings = [reading for prompt in once for reading in self._reader.read(prompt, self.max_new_tokens)]
         return self._reader.group(readings, MOST_PREFILL_TOKENS)
 
     def has_room(self, groups: Sequence[Group]) -> bool:
@@ -125,7 +135,7 @@ class Engine:
         for group in groups:
             for reading in group.readings:
                 answers.setdefault(reading.prompt, Answer(log_likelihoods=[0.0] * len(reading.prompt.labels)))
-        was_training = self._wrapper.training
+        were_training = [module for module in self._wrapper.modules() if module.training]
         self._wrapper.eval()
         try:
             waiting = [list(groups)] if groups else []
@@ -141,7 +151,8 @@ class Engine:
                 elif unfinished := self._record(found, answers):
                     waiting.append(self._reader.group(unfinished, MOST_PREFILL_TOKENS))
         finally:
-            self._wrapper.train(was_training)
+            for module in were_training:
+                module.training = True  # a part that was in evaluation mode stays in it
         return answers
 
     def _halve(self, groups: Sequence[Group]) -> list[list[Group]]:
@@ -274,7 +285,7 @@ class Engine:
         scores: list[tuple[Sequence[Reading], torch.Tensor]] = []
         for begin in range(0, len(packed.scored), MOST_LABEL_TOKENS):
             piece = slice(begin, begin + MOST_LABEL_TOKENS)
-            logits = logits_of(self._model, hidden[len(last) :][piece])
+            logits = unrounded_logits_of(self._model, hidden[len(last) :][piece])
             picked = logits.gather(1, batch.target_ids[piece, None])[:, 0] - logits.logsumexp(dim=1)
             scores.append((packed.scored[piece], picked))
         return tokens, scores

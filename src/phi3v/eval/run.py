@@ -1,8 +1,10 @@
 """A model, a data set and a metric: a score with its interval, a report by class, and every prediction."""
 
+import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from ..errors import ConfigError
 from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
-from ..runlog import write_json, write_json_lines
+from ..runlog import write_atomically, write_json, write_json_lines
 from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
 from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
-from .metrics import Score, score_predictions
+from .metrics import METRICS, Score, score_predictions
+from .origin import rope_mode_to_ask
 from .questions import check_labels
 
 PROBABILITY_DECIMALS = 6
@@ -52,14 +55,22 @@ def evaluate_model(
     settings: EvalSettings,
     share: Share = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> EvalResult:
-    """Answers every question and scores the answers; arguments as in ``answer_questions``.
+    """Answers every question and scores the answers; arguments as in ``answer_questions``, but for ``keep``.
 
     Draws no random numbers from torch, numpy or Python, so that it can stand in the middle of a training run. With
     several processes each one gets the whole result.
+
+    Args:
+        keep: gets each row of this process as soon as its question is answered.
     """
     started = time.monotonic()
-    predictions = answer_questions(model, processor, dataset, settings, share, should_stop)
+
+    def keep_scored(one: Prediction) -> None:
+        keep(_row(one, METRICS[settings.metric](one.prediction, one.answers)))
+
+    predictions = answer_questions(model, processor, dataset, settings, share, should_stop, keep_scored)
     score, values = score_predictions(
         settings.metric,
         [one.prediction for one in predictions],
@@ -90,16 +101,24 @@ def _row(one: Prediction, score: float) -> dict[str, Any]:
 
 
 def run_evaluation(config: EvalConfig) -> EvalResult:
-    """Does what ``phi3v eval`` says: writes ``eval.json``, ``predictions.jsonl`` and ``config.yaml``.
+    """Does what ``phi3v eval`` says: writes ``config.yaml``, ``predictions.jsonl`` and, at the end, ``eval.json``.
+
+    ``predictions.jsonl`` grows with the answers, in the order in which they are found; at the end it is put into the
+    order of the data.
 
     Raises:
-        ConfigError: the output folder already holds an evaluation, or the configured labels are no closed set.
+        ConfigError: the output folder already holds an evaluation or cannot be written, or the configured labels are no
+            closed set.
         DataError: bad samples, or questions without the labels that their scoring needs, before the model is loaded.
         CheckpointError: no model at that path.
     """
     output = Path(config.output_dir)
     if (output / "eval.json").exists():
         raise ConfigError(f"{output} already holds an evaluation (eval.json); give another output_dir")
+    config = replace(config, rope_mode=rope_mode_to_ask(config.model, config.rope_mode))
+    with _told_of(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "config.yaml", config.to_yaml().encode())
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     processor = load_processor(config.model, num_crops=config.num_crops)
@@ -118,23 +137,37 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         rope_mode=config.rope_mode,
         device=device,
     )
-    result = evaluate_model(
-        model,
-        processor,
-        dataset,
-        EvalSettings(
-            metric=config.metric,
-            scoring=config.scoring,
-            labels=config.labels,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            limit=config.limit,
-            seed=config.seed,
-            progress=config.progress,
-        ),
+    settings = EvalSettings(
+        metric=config.metric,
+        scoring=config.scoring,
+        labels=config.labels,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        limit=config.limit,
+        seed=config.seed,
+        progress=config.progress,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json_lines(output / "predictions.jsonl", result.rows)
-    (output / "config.yaml").write_text(config.to_yaml(), "utf-8")
-    write_json(output / "eval.json", {"scoring": config.scoring, **result.to_dict(), "skipped": summary.skipped})
+    with _told_of(output):
+        answered = (output / "predictions.jsonl").open("w", encoding="utf-8")
+
+    def keep(row: dict[str, Any]) -> None:
+        with _told_of(output):
+            print(json.dumps(row), file=answered, flush=True)
+
+    with answered:
+        result = evaluate_model(model, processor, dataset, settings, keep=keep)
+    with _told_of(output):
+        write_json_lines(output / "predictions.jsonl", result.rows)
+        write_json(output / "eval.json", {"scoring": config.scoring, **result.to_dict(), "skipped": summary.skipped})
     return result
+
+
+@contextmanager
+def _told_of(output: Path) -> Iterator[None]:
+    """Turns an error of writing the output folder into one that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {output}: cannot be written ({error.strerror or error}); make room there, or give another one"
+        ) from error

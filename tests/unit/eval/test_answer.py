@@ -11,7 +11,7 @@ from PIL import Image
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import DataError
-from phi3v.eval import answer
+from phi3v.eval import answer, loading
 from phi3v.eval.answer import EvalSettings, Prediction, Share, answer_questions
 from phi3v.eval.engine import Engine
 from phi3v.eval.likelihood import label_token_ids
@@ -154,6 +154,31 @@ def test_the_training_flag_and_random_state_are_as_before(
     answer_questions(tiny_model, processor, dataset, asking())
     assert tiny_model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_images_with_many_crops_are_not_cut_far_ahead(
+    processor: Phi3VProcessor, dataset: ConversationDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many questions may be ahead: only the next group's images are, once those of two exceed the bound."""
+    encoder = SampleEncoder(processor)
+    groups = [[question] for question in answer.list_questions(dataset, encoder, None)]
+    cut: list[Any] = []
+    num_crops = loading.QuestionLoader._num_crops
+
+    def counted(self: Any, *given: Any) -> int:
+        cut.append(given)
+        return num_crops(self, *given)
+
+    monkeypatch.setattr(loading.QuestionLoader, "_num_crops", counted)
+    for most, ahead in ((1024, 3), (1, 1)):
+        monkeypatch.setattr(loading, "MOST_CROPS_AHEAD", most)
+        cut.clear()
+        loader = loading.QuestionLoader(
+            dataset, encoder, ask=lambda sample, turn, ids, pictures: Prompt(ids, pictures), group=lambda _: [],
+            num_ahead=4,
+        )  # fmt: skip
+        next(iter(loader.load(groups)))
+        assert len(cut) == ahead
 
 
 def test_labels_are_the_turns_own_or_the_configured(

@@ -1,6 +1,8 @@
 """The engine's tokens are those of plain greedy decoding, prompt by prompt, whatever stands together in a batch."""
 
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from phi3v.errors import CheckpointError
 from phi3v.eval import engine as engine_module
 from phi3v.eval.decode import KeyValueStore, Row, Shape, Step, Stepper, shape_of
 from phi3v.eval.engine import Engine
@@ -48,6 +51,31 @@ def test_prompts_of_every_kind(tiny_model: Phi3VForCausalLM, prompts: list[Promp
     assert generate(tiny_model, prompts[::-1]) == expected[::-1]
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert generate(tiny_model, [prompt]) == [tokens]
+
+
+def test_a_prompt_that_is_asked_twice_is_answered_once(tiny_model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:
+    once = generate(tiny_model, prompts[2:3])
+    assert generate(tiny_model, [prompts[2], prompts[2]]) == once * 2
+
+
+def test_every_part_keeps_its_training_flag(tiny_model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:
+    tiny_model.train()
+    tiny_model.model.vision_embed_tokens.eval()
+    before = {name: module.training for name, module in tiny_model.named_modules()}
+    generate(tiny_model, prompts[:1], num_tokens=1)
+    assert {name: module.training for name, module in tiny_model.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
+@pytest.mark.parametrize("change", [{"attention_dropout": 0.1}, {"hidden_act": "gelu"}])
+def test_a_model_that_is_not_computed_is_refused_by_its_folder(
+    change: dict[str, Any], tiny_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_dir, tmp_path / "other"))
+    settings = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"model .*/other: config\.json: .*packed forward"):
+        Engine(load_model(folder), stop_token_ids=(), max_new_tokens=1)
 
 
 def test_transformers_own_generation_gives_the_same(tiny_model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:

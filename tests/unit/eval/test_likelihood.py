@@ -1,5 +1,6 @@
 """Label scores equal plain forwards, one for every prompt and label, however the labels are packed."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from phi3v.data.encode import IGNORED_LABEL, SampleEncoder
 from phi3v.data.schema import Sample, Turn
 from phi3v.eval import engine as engine_module
+from phi3v.eval.decode import logits_of, unrounded_logits_of
 from phi3v.eval.engine import Answer, Engine
 from phi3v.eval.likelihood import label_probabilities, label_token_ids
 from phi3v.eval.prompts import Prompt
-from phi3v.model.checkpoint import load_model
+from phi3v.model.checkpoint import base_of, load_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from prompting import Ask, plain_log_likelihood, plain_tokens
@@ -92,6 +94,45 @@ def test_many_labels_are_scored_in_pieces(
     monkeypatch.setattr(engine_module, "MOST_LABEL_TOKENS", most_label_tokens)
     monkeypatch.setattr(engine_module, "MOST_PREFILL_TOKENS", most_prefill_tokens)
     assert_plain(tiny_model, with_labels(prompts, labels, generated=True))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_logits_are_not_rounded_where_labels_are_scored(
+    tiny_dir: Path, dtype: torch.dtype, adapted: bool
+) -> None:
+    """Rounded, a logit near 20 is up to 0.06 off in bfloat16: likelihoods shift, and different ones become equal."""
+    torch.manual_seed(0)
+    model: Any = load_model(tiny_dir)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    model = model.to(dtype)
+    base = base_of(model)
+    hidden = 20 * torch.randn(5, base.config.hidden_size).to(dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(base.lm_head).double()(hidden.double())
+        found, rounded = unrounded_logits_of(base, hidden), logits_of(base, hidden)
+    largest = float(exact.abs().max())
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 2e-6 * largest
+    assert (rounded - exact).abs().max() > 1e-4 * largest
+
+
+def test_likelihoods_in_16_bit_are_of_unrounded_logits(
+    tiny_dir: Path, prompts: list[Prompt], labels: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = load_model(tiny_dir, dtype="bfloat16")
+    model.lm_head.weight.data *= 16
+    (asked,) = with_labels(prompts[2:3], labels)
+    heads: list[torch.Tensor] = []
+
+    def in_double(model: Phi3VForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+        heads.append(hidden)
+        return hidden.double() @ model.lm_head.weight.double().t()
+
+    found = answer(model, [asked])[0].log_likelihoods
+    monkeypatch.setattr(engine_module, "unrounded_logits_of", in_double)
+    assert found == pytest.approx(answer(model, [asked])[0].log_likelihoods, rel=TOLERANCE) and heads
 
 
 def test_with_an_adapter(

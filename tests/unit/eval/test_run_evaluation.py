@@ -1,6 +1,7 @@
 """`phi3v eval` on a folder: its files say what was scored, and a second evaluation never overwrites a first."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,60 @@ def test_bad_samples_stop_before_the_model_is_loaded_or_are_counted(
             run_evaluation(config)
     assert run_evaluation(replace(config, on_bad_sample="skip")).score.n == 2
     assert json.loads((config.output_dir / "eval.json").read_text())["skipped"] == {"missing image": 1}
+
+
+@pytest.mark.parametrize("asked", ["auto", "short"])
+def test_a_runs_model_answers_with_the_factors_it_was_trained_with(
+    config: EvalConfig, asked: Literal["auto", "short"], tiny_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from phi3v.eval import run
+
+    folder = config.output_dir.parent / "run"
+    shutil.copytree(tiny_dir, folder / "model")
+    (folder / "config.yaml").write_text("rope_mode: long\n")
+    modes: list[str] = []
+
+    def load(*_: object, rope_mode: str, **__: object) -> None:
+        modes.append(rope_mode)
+        raise ConfigError("seen")
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ConfigError, match="seen"):
+        patched.setattr(run, "load_model", load)
+        run_evaluation(replace(config, model=str(folder / "model"), rope_mode=asked))
+    used = "long" if asked == "auto" else asked
+    assert modes == [used] == [load_config(EvalConfig, config.output_dir / "config.yaml").rope_mode]
+    assert ("answers with rope_mode long" in caplog.text) == (asked == "auto")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3v.eval import run
+
+    monkeypatch.setattr(run, "load_processor", lambda *_, **__: pytest.fail("something was read"))
+    with pytest.raises(ConfigError, match=r"output_dir .*data\.jsonl/out: cannot be written"):
+        run_evaluation(replace(config, output_dir=config.data[0] / "out"))
+
+
+def test_what_was_answered_before_a_kill_is_kept(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v.eval.engine import Engine
+
+    whole = run_evaluation(replace(config, output_dir=config.output_dir.parent / "whole", batch_size=1)).rows
+    answer, calls = Engine.answer, []
+
+    def killed_at_the_second(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Engine, "answer", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(replace(config, batch_size=1))
+    (line,) = (config.output_dir / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(line) in json.loads(json.dumps(whole))
+    monkeypatch.undo()
+    assert run_evaluation(config).rows == whole  # no score is there yet, so it may be taken again
 
 
 def label_data(config: EvalConfig, **more: object) -> None:
