@@ -360,6 +360,7 @@ class SampleEncoder:
             encoded["image_sizes"] = features["image_sizes"]
 
     def _overlong_error(self, sample: Sample, plan: "_Plan", num_tokens: int) -> SampleError:
+        and_limit = f"max_length to {self.limit} and " if self.max_length is None else ""  # which on_overlong needs
         return sample_error(
             sample.label,
             f"{num_tokens} tokens, of which {sum(plan.token_counts)} for {len(plan.order)} image(s), exceed "
@@ -367,7 +368,7 @@ class SampleEncoder:
             self._remedy(
                 "lower num_crops",
                 "shorten the text",
-                "set on_overlong to drop (leave such samples out) or cut (cut their text)",
+                f"set {and_limit}on_overlong to drop (leave such samples out) or cut (cut their text)",
             ),
             OVERLONG,
         )

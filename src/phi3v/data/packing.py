@@ -254,12 +254,14 @@ class Saving(NamedTuple):
     Attributes:
         tokens, crops: computed without sharing.
         shared_tokens, shared_crops: computed with it.
+        is_exact: whether the latter two are counted rather than estimated.
     """
 
     tokens: int
     crops: int
     shared_tokens: int
     shared_crops: int
+    is_exact: bool = True
 
     @property
     def token_share(self) -> float:
@@ -268,7 +270,7 @@ class Saving(NamedTuple):
 
 
 def saving_of(costs: SampleCosts, group_of: np.ndarray, most: int) -> Saving:
-    """Returns what groups of at most ``most`` samples save.
+    """Returns what groups of at most ``most`` samples save, if windows and budgets leave every group whole.
 
     Args:
         costs: of the data set.

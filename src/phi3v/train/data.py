@@ -11,13 +11,26 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
+from phi3v import __version__
 from phi3v.config import TrainConfig
 from phi3v.data.dataset import ConversationDataset, check_dataset
 from phi3v.data.encode import SampleEncoder
-from phi3v.data.packing import CostRecorder, SampleCosts, Saving, saving_of, stem_groups
+from phi3v.data.packing import (
+    Budget,
+    CostRecorder,
+    Packing,
+    SampleCosts,
+    Saving,
+    plan_window,
+    saving_of,
+    stem_groups,
+)
 from phi3v.eval.questions import check_labels
+from phi3v.model.checkpoint import load_config
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import write_atomically, write_json
+from phi3v.train.batches import Windows
+from phi3v.train.order import StemsTogether
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +44,9 @@ would save a sixteenth of the beginnings more, and make an optimizer step see fe
 LEAST_SAVING = 0.1
 """Share of the positions that sharing must save to be chosen: it keeps questions about an image in one step."""
 
+PLANNED_SAMPLES = 4096
+"""Samples of an epoch that are planned to see what sharing saves: a quarter of a second, at every start."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckedData:
@@ -41,6 +57,8 @@ class CheckedData:
         eval: evaluation samples, or None.
         encoder: encodes the training samples.
         costs: of the training samples.
+        shared_questions: most samples that are trained side by side where they begin alike.
+        num_ranks: processes that share each step.
         summaries: what the check found, by split: the content of ``data.json``.
     """
 
@@ -48,6 +66,8 @@ class CheckedData:
     eval: ConversationDataset | None
     encoder: SampleEncoder
     costs: SampleCosts
+    shared_questions: int
+    num_ranks: int
     summaries: dict[str, dict[str, Any]]
 
 
@@ -70,7 +90,9 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
     """Opens and checks the run's samples.
 
     The first process checks, and tells the others which samples stay out and what the others cost. A later start with
-    the same samples and settings takes the findings from ``record`` and opens no image.
+    the same samples and settings takes the findings from ``record`` and opens no image. So it does with the choice of
+    ``shared_questions``, which decides about the order of the samples and is made from settings that a resume may
+    change.
 
     Args:
         config: data files and what to do about bad samples.
@@ -82,7 +104,13 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         ConfigError: ``config.eval_labels`` is no closed set of answers.
         DataError: a sample cannot be used and may not be left out, or a question lacks the labels of its scoring.
     """
-    encoder = SampleEncoder(processor, max_length=config.max_length, on_overlong=config.on_overlong)
+    model = load_config(config.model)
+    encoder = SampleEncoder(
+        processor,
+        max_length=config.max_length,
+        max_positions=model.max_position_embeddings,
+        on_overlong=config.on_overlong,
+    )
     train = ConversationDataset(config.train_data, config.image_dir)
     evaluation = ConversationDataset(config.eval_data, config.image_dir) if config.eval_data else None
     findings: list[Any] = [{}, b""]
@@ -92,7 +120,11 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         costs_file = record.with_name(COSTS_FILE)
         known_costs = costs_file.read_bytes() if costs_file.is_file() else b""
         found_train, costs = _check_train(train, encoder, config, known.get("train"), known_costs)
-        found = {"train": found_train}
+        short_positions = model.original_max_position_embeddings
+        found = {
+            "train": found_train,
+            "sharing": _find_sharing(config, found_train, costs, short_positions, args.world_size, known),
+        }
         if evaluation is not None:
             found["eval"] = _check_eval(evaluation, SampleEncoder(processor), config, known.get("eval"))
         if costs != known_costs:
@@ -115,29 +147,32 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         evaluation,
         encoder,
         SampleCosts.from_bytes(costs),
+        found["sharing"]["shared_questions"],
+        args.world_size,
         {
-            name: {**split["summary"], "image_dirs": dataset.image_dirs}
-            for (name, split), dataset in zip(found.items(), (train, evaluation), strict=False)
+            name: {**found[name]["summary"], "image_dirs": dataset.image_dirs}
+            for name, dataset in (("train", train), ("eval", evaluation))
             if dataset is not None
         },
     )
 
 
 def choose_sharing(config: TrainConfig, data: CheckedData, short_positions: int) -> Sharing:
-    """Decides how many samples that begin alike are trained side by side; notes it in the log and in ``summaries``.
+    """Finds what the samples that are trained side by side save; notes it in the log and in ``summaries``.
 
     Args:
-        config: leaves it open, or sets it.
+        config: says what a step draws, and what is computed at once as far as the user sets it.
         data: checked samples.
         short_positions: longest sequence that the short LongRoPE factors reach.
     """
     group_of = stem_groups(data.costs, short_positions)
-    most = config.shared_questions
-    if most is None:
-        saving = saving_of(data.costs, group_of, SHARED_QUESTIONS)
-        most = SHARED_QUESTIONS if saving.token_share >= LEAST_SAVING else 1
-    saving = saving_of(data.costs, group_of, most)
+    most = data.shared_questions
     is_planned = config.sampling == "shuffle"
+    saving = (
+        planned_saving(config, data.costs, group_of, most, short_positions, data.num_ranks)
+        if is_planned
+        else saving_of(data.costs, group_of, most)
+    )
     data.summaries["train"]["sharing"] = {
         "shared_questions": most,
         "tokens": saving.tokens,
@@ -146,16 +181,94 @@ def choose_sharing(config: TrainConfig, data: CheckedData, short_positions: int)
         "computed_crops": saving.shared_crops if is_planned else None,
     }
     if most == 1:
-        logger.info("Samples share nothing%s.", "" if config.shared_questions else ": they begin with different images")
+        why = ": too few that begin with the same images are computed at once"
+        logger.info("Samples share nothing%s.", "" if config.shared_questions else why)
     elif is_planned:
         logger.info(
-            "Up to %d samples that begin with the same images share that beginning: an epoch computes %d of %d decoder "
-            "positions (%.0f %% less) and %d of %d crops.",
-            most, saving.shared_tokens, saving.tokens, 100 * saving.token_share, saving.shared_crops, saving.crops,
+            "Up to %d samples that begin with the same images share that beginning: an epoch computes %s%d of %d "
+            "decoder positions (%.0f %% less) and %d of %d crops.",
+            most, "" if saving.is_exact else "about ", saving.shared_tokens, saving.tokens, 100 * saving.token_share,
+            saving.shared_crops, saving.crops,
         )  # fmt: skip
     else:
         logger.info("Up to %d samples share their beginning where a step draws several on the same images.", most)
     return Sharing(most, group_of, saving)
+
+
+def planned_saving(
+    config: TrainConfig, costs: SampleCosts, group_of: np.ndarray, most: int, short_positions: int, num_ranks: int
+) -> Saving:
+    """Returns what groups of at most ``most`` samples save in the steps of a shuffled epoch.
+
+    The first steps are planned as training plans them, ``PLANNED_SAMPLES`` samples of them, and stand for the others.
+    Of the budgets those count that the configuration sets: what memory allows is chosen later, knowing the saving.
+
+    Args:
+        config: batch size, budgets and seed.
+        costs: of the training samples.
+        group_of: (n,) as ``stem_groups`` returns it.
+        most: samples of a group.
+        short_positions: longest sequence that the short LongRoPE factors reach.
+        num_ranks: processes that share each step.
+    """
+    whole = saving_of(costs, group_of, 1)
+    if most == 1:
+        return whole
+    packing = Packing(
+        Budget(config.micro_batch_tokens, config.micro_batch_crops, config.micro_batch_size),
+        shared_questions=most,
+        short_positions=short_positions,
+        num_ranks=num_ranks,
+    )
+    order = StemsTogether(group_of, most=most, seed=config.seed)
+    windows = Windows(order, costs, batch_size=config.batch_size, packing=packing)
+    num_steps = min(len(windows), -(-PLANNED_SAMPLES // config.batch_size))
+    tokens = crops = shared_tokens = shared_crops = 0
+    for step in range(num_steps):
+        window = windows.window(step)
+        tokens += int(costs.tokens[window].sum())
+        crops += int(costs.crops[window].sum())
+        for batch in (batch for rank in plan_window(costs, window, packing) for batch in rank if batch.counts):
+            shared_tokens += batch.load.tokens
+            shared_crops += batch.load.crops
+    return whole._replace(
+        shared_tokens=round(whole.tokens * shared_tokens / tokens),
+        shared_crops=round(whole.crops * shared_crops / crops) if crops else 0,
+        is_exact=num_steps == len(windows),
+    )
+
+
+def _find_sharing(
+    config: TrainConfig,
+    found_train: dict[str, Any],
+    costs: bytes,
+    short_positions: int,
+    num_ranks: int,
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns how many samples are trained side by side, and what that was chosen for; an old choice if for the same.
+
+    Budgets and the number of processes are not among it: a resume may change them, and must find its order again.
+    """
+    question = {
+        "fingerprint": found_train["question"]["fingerprint"],
+        "left_out": found_train["left_out"],
+        "batch_size": config.batch_size,
+        "sampling": config.sampling,
+        "shared_questions": config.shared_questions,
+    }
+    if "sharing" in known and known["sharing"]["question"] == question:
+        return known["sharing"]
+    most = config.shared_questions or _choose_sharing(config, SampleCosts.from_bytes(costs), short_positions, num_ranks)
+    return {"question": question, "shared_questions": most}
+
+
+def _choose_sharing(config: TrainConfig, costs: SampleCosts, short_positions: int, num_ranks: int) -> int:
+    group_of = stem_groups(costs, short_positions)
+    saving = saving_of(costs, group_of, SHARED_QUESTIONS)
+    if config.sampling == "shuffle" and saving.token_share >= LEAST_SAVING:
+        saving = planned_saving(config, costs, group_of, SHARED_QUESTIONS, short_positions, num_ranks)
+    return SHARED_QUESTIONS if saving.token_share >= LEAST_SAVING else 1
 
 
 def _check_train(
@@ -186,10 +299,12 @@ def _check_eval(
 def _question(dataset: ConversationDataset, encoder: SampleEncoder, config: TrainConfig) -> dict[str, Any]:
     """Returns what decides the findings."""
     return {
+        "phi3v": __version__,
+        "processor": _digest_of(encoder.processor),
         "fingerprint": dataset.fingerprint(),
         "image_dir": None if config.image_dir is None else str(config.image_dir.resolve()),
-        "num_crops": encoder.processor.num_crops,
         "max_length": encoder.max_length,
+        "max_positions": encoder.max_positions,
         "on_overlong": encoder.on_overlong,
         "on_bad_sample": config.on_bad_sample,
         "check_images": config.check_images,
@@ -216,6 +331,12 @@ def _check(
         "left_out": list(dataset.left_out),
         "summary": {**summary.to_dict(), "fingerprint": question["fingerprint"]},
     }
+
+
+def _digest_of(processor: Phi3VProcessor) -> str:
+    """Returns what is equal for processors that cut images and split text alike."""
+    settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+    return _digest(f"{settings}\0{processor.tokenizer.backend_tokenizer.to_str()}".encode())
 
 
 def _digest(content: bytes) -> str:

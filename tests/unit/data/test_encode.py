@@ -342,7 +342,8 @@ def test_a_sample_may_not_be_longer_than_the_model_knows_positions(processor):
             SampleEncoder(processor, **limits).measure(sample, [])
         assert caught.value.reason == OVERLONG
         assert f"exceed the {full - 1} positions that the model knows" in str(caught.value)
-        assert ". Lower num_crops, shorten the text, or set on_overlong to drop" in str(caught.value)
+        way = "on_overlong to drop" if "max_length" in limits else f"max_length to {full - 1} and on_overlong to drop"
+        assert f". Lower num_crops, shorten the text, or set {way}" in str(caught.value)
     assert not SampleEncoder(processor, max_positions=full).measure(sample, []).is_overlong
     with pytest.raises(SampleError, match=r"exceed max_length=9\. Raise max_length, lower"):
         SampleEncoder(processor, max_positions=full - 1, max_length=9).measure(sample, [])
