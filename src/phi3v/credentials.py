@@ -12,7 +12,8 @@ SHORTEST_SECRET = 8
 """Characters below which an environment variable's value is not looked for: it would be found in ordinary words."""
 
 _NAMES_OF_SECRETS = re.compile(
-    r"(?!.*_(?:FILE|PATH|DIR)$).*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE
+    r"(?!.*_(?:FILE|PATH|DIR)$).*(?:TOKEN(?!I[ZS])|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)",
+    re.IGNORECASE,
 )
 
 _SECRETS = re.compile(
@@ -40,7 +41,19 @@ def holds_secret(text: str) -> bool:
     >>> holds_secret("https://me:opensesame@example.org/model"), holds_secret("microsoft/Phi-3.5-vision-instruct")
     (True, False)
     """
-    return _SECRETS.search(text) is not None or any(value in text for value in _secret_values())
+    return secret_in(text) is not None
+
+
+def secret_in(text: str) -> str | None:
+    """Says by what a text is known to hold a secret, without showing it; None where it holds none.
+
+    >>> secret_in("https://me:opensesame@example.org/model")
+    'by its looks'
+    """
+    if _SECRETS.search(text):
+        return "by its looks"
+    name = next((name for name, value in _secret_variables() if value in text), None)
+    return None if name is None else f"as the value of the environment variable {name}"
 
 
 def without_secrets(text: str) -> str:
@@ -49,7 +62,7 @@ def without_secrets(text: str) -> str:
     >>> without_secrets("https://me:opensesame@example.org/model")
     'https://[hidden]@example.org/model'
     """
-    for value in _secret_values():
+    for _, value in _secret_variables():
         text = text.replace(value, HIDDEN)
     return _SECRETS.sub(HIDDEN, text)
 
@@ -65,11 +78,11 @@ def plain_without_secrets(value: Any) -> Any:
     return value
 
 
-def _secret_values() -> list[str]:
-    """Returns what environment variables with a secret's name hold, longest first."""
-    found = {
-        value
+def _secret_variables() -> list[tuple[str, str]]:
+    """Returns the environment variables with a secret's name and what they hold, longest first."""
+    found = [
+        (name, value)
         for name, value in os.environ.items()
         if len(value) >= SHORTEST_SECRET and _NAMES_OF_SECRETS.match(name) and not value.isdecimal()
-    }
-    return sorted(found, key=lambda value: (-len(value), value))
+    ]
+    return sorted(found, key=lambda variable: (-len(variable[1]), variable))

@@ -9,7 +9,7 @@ import pytest
 from phi3v.arguments import exit_code
 from phi3v.cli import main
 from phi3v.config import EvalConfig, TrainConfig, load_config
-from phi3v.credentials import HIDDEN, holds_secret, without_secrets
+from phi3v.credentials import HIDDEN, holds_secret, secret_in, without_secrets
 from phi3v.errors import ConfigError, DataError
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment
@@ -68,13 +68,20 @@ def test_ordinary_names_are_none(text: str) -> None:
 
 
 def test_values_of_secret_variables_are_known(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for name in ("TOKENIZER", "TOKENISER_NAME", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "models/phi35mine")
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/someone/token")
     monkeypatch.setenv("SOME_SECRET", "short")
     for value in planted.values():
         assert holds_secret(f"a{value}b"), value
         assert_clean(without_secrets(f"a{value}b"))
-    assert not holds_secret("false /home/someone/token short")
+    assert not holds_secret("models/phi35mine /home/someone/token short")
+
+
+def test_by_what_a_secret_is_known_is_told_without_it(planted: dict[str, str]) -> None:
+    assert secret_in("a correct horse b") == "as the value of the environment variable DATABASE_PASSWORD"
+    assert secret_in(BY_LOOKS[1]) == "by its looks"
+    assert secret_in("models/phi35mine") is None
 
 
 @pytest.mark.parametrize("field", ["model", "output_dir", "train_data", "image_dir", "eval_labels"])

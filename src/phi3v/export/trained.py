@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
 from ..eval.origin import run_of, trained_rope_mode
@@ -118,18 +121,25 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
 
 
 def published_name(model: str) -> str | None:
-    """Returns the hub id behind a model's name or folder; None where the folder does not say.
+    """Returns the hub id behind a model's name or folder; None where it is not known.
 
-    A folder says it in the model card that an export writes, or as the published ``config.json`` does.
+    A folder says it in the model card that an export writes, or as the published ``config.json`` does. A name that is
+    no folder may be the relative path of one that has gone: it is a hub id if it is a published model's, or if this
+    machine has downloaded it from the hub.
     """
     folder = Path(model)
     if not folder.is_dir():
-        # A relative path whose folder has gone looks like a hub id too, but its parent folder is often still there.
-        is_hub_id = model.count("/") == 1 and not folder.is_absolute() and not model.startswith((".", "~"))
-        return model if is_hub_id and not folder.parent.exists() else None
+        return model if model in PUBLISHED_MODELS.values() or _is_downloaded(model) else None
     card = folder / "README.md"
     if card.is_file() and (named := _BASE_IN_CARD.match(card.read_text("utf-8", errors="replace"))):
         return named["base"]
     config_file = folder / "config.json"
     named = read_object(config_file).get("_name_or_path", "") if config_file.is_file() else ""
     return PUBLISHED_MODELS.get(str(named).rpartition("/")[2])
+
+
+def _is_downloaded(repo_id: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(repo_id, "config.json"), str)
+    except HFValidationError:
+        return False

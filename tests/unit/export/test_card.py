@@ -61,10 +61,11 @@ def test_the_hub_reads_its_head(trained: Trained) -> None:
     }
 
 
-def test_no_licence_is_claimed_for_a_base_that_is_not_known(trained: Trained) -> None:
+def test_no_licence_is_claimed_for_a_base_that_is_not_known(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     card = model_card(trained, EXPORTED)
     assert ModelCard(card).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
     assert "add `license` and `base_model`" in card
+    monkeypatch.setattr("phi3v.export.trained._is_downloaded", lambda repo_id: repo_id == "me/base")
     other = model_card(without_run(trained, "me/base"), EXPORTED)
     assert ModelCard(other).data.to_dict()["base_model"] == "me/base"
     assert "license" not in ModelCard(other).data.to_dict()

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from phi3v.errors import CheckpointError, ConfigError
@@ -49,15 +50,25 @@ def test_what_cannot_be_exported_is_named(lora_run: Path, tiny_dir: Path, tmp_pa
         find_trained(tmp_path)
 
 
+def hold_in_cache(repo_id: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a model into the hub's cache, as far as names are concerned."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    for name, content in {"refs/main": "c0ffee", "snapshots/c0ffee/config.json": "{}"}.items():
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+
 def test_the_base_is_named_where_its_folder_says_so(
     tiny_dir: Path, golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    hold_in_cache("me/downloaded", tmp_path / "cache", monkeypatch)
     assert published_name("microsoft/Phi-3.5-vision-instruct") == "microsoft/Phi-3.5-vision-instruct"
     assert published_name(str(golden_dir)) == "microsoft/Phi-3-vision-128k-instruct"
     assert published_name(str(tiny_dir)) is None
-    (tmp_path / "runs").mkdir()
-    assert published_name("runs/deleted") is None  # a folder that was there, not a hub id
+    assert published_name("models/deleted") is None  # a folder that was there, not a hub id
+    assert published_name("me/downloaded") == "me/downloaded" and published_name("a/b c") is None
     exported = Path(shutil.copytree(tiny_dir, tmp_path / "exported"))
     (exported / "README.md").write_text("---\nbase_model: me/mine\n---\n# Mine\n")
     assert published_name("exported") == "me/mine"
