@@ -12,7 +12,9 @@ from phi3v.config import RopeMode
 def merge(arguments: Sequence[str]) -> None:
     """Merge an adapter into its base model, and check that both answer alike."""
     parser = Parser(prog="phi3v merge", description=(merge.__doc__ or "").strip(), allow_abbrev=False)
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, such as RUN/model")
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="the adapter: a folder such as RUN/model, or a hub id"
+    )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder to write the merged model to")
     _add_what_to_write_and_compare(parser)
     options = parser.parse_args(with_underscores(arguments))
@@ -33,7 +35,12 @@ def merge(arguments: Sequence[str]) -> None:
 def export(arguments: Sequence[str]) -> None:
     """Write a trained model for others: published layout, checked in a fresh process, with a model card."""
     parser = Parser(prog="phi3v export", description=(export.__doc__ or "").strip(), allow_abbrev=False)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, model folder or adapter folder")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="run directory, model folder, adapter folder, or hub id of an adapter",
+    )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder to write to")
     _add_what_to_write_and_compare(parser)
     parser.add_argument(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def generate(arguments: Sequence[str]) -> None:
     """Answer one prompt about some images."""
     parser = Parser(prog="phi3v generate", description=(generate.__doc__ or "").strip(), allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="PATH", help="published-layout folder, hub id or adapter")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="published-layout folder or adapter, or a hub id"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's text")
     parser.add_argument(
         "--image", action="append", default=[], type=Path, metavar="PATH", help="an image; repeat for more, in order"
@@ -40,6 +42,7 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
     options = parser.parse_args(with_underscores(arguments))
     images = [_open_image(path) for path in options.image]
+    from phi3v.eval.downloads import local_folder
     from phi3v.eval.generate import generate_once
     from phi3v.eval.origin import rope_mode_to_ask
     from phi3v.model.checkpoint import load_model, load_processor
@@ -48,8 +51,9 @@ def generate(arguments: Sequence[str]) -> None:
     rope_mode = rope_mode_to_ask(options.model, options.rope_mode)
     device = resolve_device(options.device)
     dtype = DTYPE_NAMES[resolve_precision(options.precision, device)]
-    processor = load_processor(options.model, num_crops=options.num_crops)
-    model = load_model(options.model, dtype=dtype, rope_mode=rope_mode, device=device)
+    folder = local_folder(options.model)
+    processor = load_processor(folder, num_crops=options.num_crops)
+    model = load_model(folder, dtype=dtype, rope_mode=rope_mode, device=device)
     answer = generate_once(
         model,
         processor,

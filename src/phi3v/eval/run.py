@@ -18,6 +18,7 @@ from ..model.processing_phi3_v import Phi3VProcessor
 from ..runlog import write_atomically, write_json, write_json_lines
 from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
 from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
+from .downloads import local_folder
 from .metrics import METRICS, Score, score_predictions
 from .origin import rope_mode_to_ask
 from .questions import check_labels
@@ -121,7 +122,8 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         write_atomically(output / "config.yaml", config.to_yaml().encode())
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    processor = load_processor(config.model, num_crops=config.num_crops)
+    folder = local_folder(config.model)
+    processor = load_processor(folder, num_crops=config.num_crops)
     dataset = ConversationDataset(config.data, config.image_dir)
     summary = check_dataset(
         dataset,
@@ -132,7 +134,7 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
     )
     check_labels(dataset, processor, scoring=config.scoring, labels=config.labels, limit=config.limit)
     model = load_model(
-        config.model,
+        folder,
         dtype=DTYPE_NAMES[precision],
         rope_mode=config.rope_mode,
         device=device,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..eval.downloads import local_folder
 from ..model.checkpoint import is_adapter, load_processor
 from .comparison import Comparison
 from .placing import placed_when_complete
@@ -28,7 +29,7 @@ def merge_and_verify(
     and rounded once to ``dtype``.
 
     Args:
-        adapter: a PEFT adapter folder, such as ``RUN/model``.
+        adapter: a PEFT adapter, such as ``RUN/model``, or its hub id.
         output_dir: must not exist, or be empty.
         base: the base model, where it is not where the adapter says.
         data: JSONL files to take the samples from; default: the data of the run that the adapter lies in.
@@ -41,7 +42,7 @@ def merge_and_verify(
         ConfigError: no data to compare on, or ``output_dir`` is in use or cannot be written.
         CapacityError: too little disk space.
     """
-    if not is_adapter(adapter):
+    if not is_adapter(local_folder(adapter)):
         raise CheckpointError(
             f"{adapter}: holds no adapter_config.json; merge takes an adapter folder such as RUN/model"
         )

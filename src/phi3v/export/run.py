@@ -45,7 +45,7 @@ def export_model(
     """Writes a trained model for others, checks it in a fresh process, and uploads it where that is asked.
 
     Args:
-        source: a run directory, a model folder or an adapter folder.
+        source: a run directory, a model folder or an adapter, which may be a hub id.
         output_dir: must not exist, or be empty.
         base: the base model, where it is not where an adapter says.
         data: JSONL files to take the samples from; default: the run's evaluation data, else its training data.

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
+from ..eval.downloads import local_folder
 from ..eval.origin import run_of, trained_rope_mode
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
 from ..model.folder import read_object
@@ -85,7 +86,7 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
     """Finds out what ``source`` is.
 
     Args:
-        source: a run directory, a model folder or an adapter folder.
+        source: a run directory, a model folder or an adapter, which may be a hub id.
         base: the base model, where it is not where the adapter says.
         rope_mode: what a model without a run was trained with; a run knows it.
 
@@ -93,6 +94,7 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
         CheckpointError: none of the three, or a run that has no result yet.
         ConfigError: the run's ``config.yaml`` cannot be read, or ``base`` was given for a whole model.
     """
+    source = Path(local_folder(source))
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run directory, a model folder or an adapter folder")
     is_model = any((source / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
