@@ -18,8 +18,8 @@ PROCESSOR_FILES = (
 def local_folder(model: str | Path) -> str:
     """Returns the folder of an adapter that is given as hub id, downloaded; whatever else is given comes back as it is.
 
-    Only the adapter's and the processor's files are fetched: whole models lie beside some adapters. What the hub's cache
-    holds already is not fetched again.
+    Only the adapter's and the processor's files are fetched: whole models lie beside some adapters. What the hub's
+    cache holds already is not fetched again.
 
     Raises:
         CheckpointError: the download failed.
