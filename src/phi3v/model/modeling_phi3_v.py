@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -15,9 +15,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ..geometry import num_image_tokens
-from .cache_names import CACHE_NAME, named_cache, one_cache
+from .cache_names import CACHE_NAME, named_cache, note_positions_of_keys, one_cache
 from .compute import Compute
 from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
+from .generation_phi3_v import Phi3VGenerationMixin
 from .loss import mean_token_loss, weighted_token_loss
 from .packed import PackedBatch
 from .packed_forward import packed_loss, release_towers
@@ -110,8 +111,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         Raises:
             ValueError: a row's image positions are not what its images need, or images are left over.
         """
-        crop_px, per_side = self.config.crop_px, self.config.tokens_per_side
-        costs = [num_image_tokens((h // crop_px, w // crop_px), per_side) for h, w in image_sizes.tolist()]
+        costs = self._positions_of_images(image_sizes)
         rows: list[list[int]] = []
         taken = 0
         for index, positions in enumerate((input_ids == self.config.image_token_id).sum(dim=1).tolist()):
@@ -129,6 +129,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
         if taken < len(costs):
             raise ValueError(f"the text shows {taken} images but {len(costs)} were given")
         return rows
+
+    def num_image_positions(self, image_sizes: torch.Tensor | None) -> int:
+        """Counts the positions that images of sizes (N, 2) take in the text."""
+        return 0 if image_sizes is None else sum(self._positions_of_images(image_sizes))
+
+    def _positions_of_images(self, image_sizes: torch.Tensor) -> list[int]:
+        crop_px, per_side = self.config.crop_px, self.config.tokens_per_side
+        return [num_image_tokens((h // crop_px, w // crop_px), per_side) for h, w in image_sizes.tolist()]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -149,9 +157,12 @@ class Phi3VModel(Phi3VPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None and pixel_values is not None and len(pixel_values):
+            raise ValueError("inputs_embeds hold their images already; give pixel_values with input_ids")
         if inputs_embeds is None:
             assert input_ids is not None
-            if pixel_values is None and (cache is None or cache.get_seq_length() == 0):
+            # A single position behind others was generated: whatever its id, it shows nothing.
+            if pixel_values is None and (input_ids.shape[1] > 1 or cache is None or cache.get_seq_length() == 0):
                 self._refuse_missing_images(input_ids)
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         if position_ids is None:
@@ -166,6 +177,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
         # Made after the mask: transformers looks for a packed row's restarting positions only where there is no cache.
         if use_cache and cache is None:
             cache = DynamicCache()
+        if cache is not None:
+            note_positions_of_keys(cache, inputs_embeds.shape[1])
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
@@ -197,7 +210,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         return (torch.arange(length, device=embedded.device) + past).expand(batch, length)
 
 
-class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
     """Phi-3.5-vision with its language-model head: training, scoring and generation.
 
     Attributes:
@@ -320,69 +333,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **named_cache(outputs.get(CACHE_NAME)),
         )
-
-    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Recomputes everything at the one step where a row's LongRoPE factors change from short to long.
-
-        Cached keys were rotated with the short factors; from the first position past
-        ``original_max_position_embeddings`` the row needs the long ones everywhere.
-        """
-        cache = one_cache(cache, past_key_values)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        length = past + (next_sequence_length or 1)
-        if self._changes_rope_factors(past, length, attention_mask):
-            if inputs_embeds is not None:  # the prompt; what was generated since then stands at the end of input_ids
-                generated = input_ids[:, inputs_embeds.shape[1] - length :]
-                inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(generated)], dim=1)
-            cache = None
-            next_sequence_length = None
-            is_first_iteration = True
-        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **named_cache(cache),
-            **kwargs,
-        )
-
-    def _changes_rope_factors(self, past: int, length: int, attention_mask: torch.Tensor | None) -> bool:
-        """Says whether a row outgrows the short factors between ``past`` and ``length`` positions, padding included."""
-        limit = self.config.original_max_position_embeddings
-        if self.config.rope_mode != "auto" or past == 0 or length <= limit:
-            return False
-        if attention_mask is None or attention_mask.ndim != 2:
-            return past <= limit
-        before, now = attention_mask[:, :past].sum(dim=1), attention_mask.sum(dim=1)
-        return bool(((before <= limit) & (now > limit)).any())
-
-    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeats every row together with its own images, for beams and several samples a prompt.
-
-        transformers repeats image by image, which is another order as soon as a row has two images.
-        """
-        sizes = model_kwargs.get("image_sizes")
-        own: dict[str, torch.Tensor] = {}
-        if expand_size > 1 and sizes is not None and input_ids is not None and input_ids.shape[1] > 0:
-            order = [image for row in self.model.images_of_rows(input_ids, sizes) for image in row * expand_size]
-            own = {key: model_kwargs.pop(key)[order] for key in ("pixel_values", "image_sizes")}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **own}
 
 
 __all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]

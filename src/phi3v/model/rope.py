@@ -28,7 +28,7 @@ class Phi3VRotaryEmbedding(nn.Module):
         rope: dict[str, Any] = dict(config.rope_parameters or {})
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.original_positions = config.original_max_position_embeddings
-        self.mode = config.rope_mode
+        self._config = config
         self.theta = rope["rope_theta"]
         ones = [1.0] * (self.head_dim // 2)
         self.factors = [rope.get("short_factor") or ones, rope.get("long_factor") or ones]
@@ -37,6 +37,11 @@ class Phi3VRotaryEmbedding(nn.Module):
             ratio = config.max_position_embeddings / self.original_positions
             self.scaling = math.sqrt(1 + math.log(ratio) / math.log(self.original_positions))
         self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def mode(self) -> str:
+        """How factors are chosen: as the configuration says now."""
+        return self._config.rope_mode
 
     def is_long(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Says for every position whether its sequence uses the long factors: (B, L) int64 -> (B, L) bool."""

@@ -277,6 +277,18 @@ def test_a_fixed_mode_never_recomputes(limited_dir: Path, mode: str) -> None:
     assert cached == new_tokens(model, prompts([60]), 8, use_cache=False)
 
 
+@pytest.mark.parametrize("mode", ["short", "long"])
+def test_a_mode_set_after_loading_counts_everywhere(
+    limited_model: Phi3VForCausalLM, limited_dir: Path, mode: str
+) -> None:
+    limited_model.config.rope_mode = mode
+    expected = new_tokens(load_model(limited_dir, rope_mode=mode), prompts([60]), 20)
+    assert new_tokens(limited_model, prompts([60]), 20) == expected
+    limited_model.config.rope_mode = "auto"
+    expected = new_tokens(load_model(limited_dir), prompts([60]), 20)
+    assert new_tokens(limited_model, prompts([60]), 20) == expected
+
+
 def test_images_across_the_change_of_rope_factors(limited_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
     names = ["one", "two", "text"]
     batch = inputs_of(processor, *names, padding_side="left")
@@ -469,6 +481,15 @@ def test_wrong_arguments(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor
         tiny_model(**inputs, labels=inputs["input_ids"], supervised_only=True)
     with pytest.raises(ValueError, match="two names of one argument"):
         tiny_model(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+def test_embeddings_with_images_beside_them(tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
+    inputs = inputs_of(processor, "one")
+    embeddings = tiny_model.model.embed_tokens(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="inputs_embeds hold their images already"):
+        tiny_model(**inputs, inputs_embeds=embeddings)
+    with pytest.raises(ValueError, match="inputs_embeds hold their images already"):
+        tiny_model.generate(**inputs, inputs_embeds=embeddings, max_new_tokens=2)
 
 
 # --- as the model card shows it
