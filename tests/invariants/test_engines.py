@@ -108,6 +108,19 @@ def test_two_processes_equal_one(method: str, tiny_dir: Path, data: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp2", "zero3"])
+def test_scores_leave_no_trace(parallel: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    """A whole model is put together for each score; dropout draws what it would have drawn."""
+    pytest.importorskip("deepspeed")
+    dropout = {"lora_dropout": 0.5, "parallel": parallel}
+    for name, changes in (("scored", {"eval_steps": 1, "keep_best": False}), ("plain", {"eval_steps": None})):
+        config = make_config(tiny_dir, data, tmp_path / name, **settings(data, "lora", **dropout, **changes))
+        assert train_in_child(config) == 0
+    losses = [[line["loss"] for line in RunDirectory(tmp_path / name).steps()] for name in ("scored", "plain")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp2", "zero2"])
 def test_bf16_differs_by_its_rounding(parallel: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     """1e-3 of the loss; masters stay float32, and move as they do alone but for a fifth."""

@@ -42,6 +42,7 @@ from phi3v.train.room import (
     Model,
     Room,
     build_model,
+    compute_of,
     keeps_best,
     training_samples,
 )
@@ -188,14 +189,37 @@ def score_during(room: Room, trainer: Phi3VTrainer, model: Model, scorer: Scorer
     if weights is None:
         return scorer.score_during(model, step)
     logger.info("Putting a whole model together for the score of step %d ...", step)
-    in_16_bit = replace(room.precision, weights=DTYPE_NAMES[room.precision.name])
-    return scorer.score_during(whole_model(room, weights, in_16_bit), step)
+    return scorer.score_during(copy_in_16_bit(room, weights), step)
 
 
-def whole_model(room: Room, weights: Iterable[tuple[str, torch.Tensor]], precision: Precision) -> Model:
-    """Returns a model that holds an engine's trained weights, whole, in ``precision``; all processes must ask."""
+def on_device(room: Room, model: Model) -> Model:
+    """Returns the model where it lies on its device; else a copy there, in 16 bit, of what waits for its engine."""
+    if room.config.parallel == "ddp":
+        return model
+    weights = ((name, one.detach()) for name, one in model.named_parameters() if one.requires_grad)
+    return copy_in_16_bit(room, weights)
+
+
+def copy_in_16_bit(room: Room, weights: Iterable[tuple[str, torch.Tensor]]) -> Model:
+    """Returns a model for audit and scores on the device, in 16 bit unless the run computes in float32."""
+    precision = replace(room.precision, weights=DTYPE_NAMES[room.precision.name])
+    return whole_model(room, weights, precision, room.args.device)
+
+
+def whole_model(
+    room: Room, weights: Iterable[tuple[str, torch.Tensor]], precision: Precision, device: torch.device
+) -> Model:
+    """Returns a model that holds trained weights, whole, in ``precision``.
+
+    Args:
+        room: of the run.
+        weights: by name; an engine's come only if all processes ask for them.
+        precision: of all weights.
+        device: where to.
+    """
+    compute = replace(compute_of(room), accumulates_in_place=False, is_sharded=False)
     with random_states_kept(room.args.device):
-        model = build_model(room.config, precision, room.args.device)
+        model = build_model(room.config, precision, device, compute)
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in weights:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,8 +114,9 @@ def audit(model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, config: Train
     """Runs one batch forward and backward and looks at the gradient of every part.
 
     An adapter's A has a gradient of exactly zero while its B is zero, so a part with adapters is judged by all of its
-    tensors together; every one of them, DoRA's magnitudes included, must be reached. Weights, gradients, random states
-    and the model's mode are afterwards what they were.
+    tensors together; every one of them, DoRA's magnitudes included, must be reached. A gradient is let go of as soon as
+    its norm is taken. Weights, random states and the model's mode are afterwards what they were; gradients there were
+    none.
 
     Args:
         model: as it will be trained, on its device.
@@ -123,49 +125,71 @@ def audit(model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, config: Train
         precision: what it computes in.
     """
     base = base_of(model)
-    loss = _backward(model, batch, precision)
-    parts = tuple(_audit_part(part, base, config) for part in PARTS)
+    loss, norms = _backward(model, batch, precision)
+    parts = tuple(_audit_part(part, base, config, norms) for part in PARTS)
     has_images = batch.crops is not None
     problems = [
         problem for part in parts for problem in (*_problems(part, has_images), *_adapter_problems(part, config))
     ]
-    model.zero_grad(set_to_none=True)
     return Audit(parts=parts, loss=loss, problems=tuple(problems))
 
 
-def _backward(model: nn.Module, batch: PackedBatch, precision: Precision) -> float:
-    """Leaves the batch's gradients in the model; returns its mean loss. Without a path to any weight: no gradients."""
+def _backward(
+    model: Phi3VForCausalLM | PeftModel, batch: PackedBatch, precision: Precision
+) -> tuple[float, dict[nn.Parameter, float]]:
+    """Returns the batch's mean loss, and the norm of every gradient that its backward pass reached."""
     device = batch.input_ids.device
-    was_training = model.training
+    base, was_training = base_of(model), model.training
+    compute = base.compute
+    # A gradient that is added up in place would never be given out.
+    base.compute = replace(compute, accumulates_in_place=False)
     model.train()
-    model.zero_grad(set_to_none=True)
-    value = float("nan")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    value, norms = float("nan"), {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _norms_taken(model) as taken:
         for scale in _LOSS_SCALES if precision.name == "fp16" else (1.0,):
             with precision.autocast(device):
                 loss = model(packed=batch).loss / batch.target_weights.sum()
             value = float(loss.detach())
             if not loss.requires_grad:
                 break
+            taken.clear()
             (loss * scale).backward()
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if all(bool(gradient.isfinite().all()) for gradient in gradients):
-                for gradient in gradients:
-                    gradient.div_(scale)
+            norms = {parameter: float(norm) / scale for parameter, norm in taken.items()}
+            if all(math.isfinite(norm) for norm in norms.values()):
                 break
-            if scale != 1.0:
-                model.zero_grad(set_to_none=True)
     model.train(was_training)
-    return value
+    base.compute = compute
+    return value, norms
 
 
-def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartAudit:
+@contextmanager
+def _norms_taken(model: nn.Module) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+    """Gives every gradient's norm, and lets go of the gradient itself: together they are as large as the weights."""
+    taken: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(parameter: Any) -> None:
+        if parameter.grad is None:  # a function of its own gave none
+            return
+        taken[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        parameter.grad = None
+
+    hooks = [one.register_post_accumulate_grad_hook(take) for one in model.parameters() if one.requires_grad]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _audit_part(
+    part: str, base: Phi3VForCausalLM, config: TrainConfig, norms: Mapping[nn.Parameter, float]
+) -> PartAudit:
     own = [(name, parameter) for name, parameter in base.named_parameters() if part_of(name) == part]
     sizes = _sizes(base)
     plain = [(name, sizes[name]) for name, _ in own if ".lora_" not in name]
     trainable = [(name, parameter) for name, parameter in own if parameter.requires_grad]
     num_vision_layers = base.config.vision_config.num_hidden_layers
-    gradients = [parameter.grad for _, parameter in trainable if parameter.grad is not None]
+    reached = [norms[parameter] for _, parameter in trainable if parameter in norms]
     should_learn = part in config.trained_parts
     adaptable = adaptable_modules(base, part)
     adapters = [
@@ -183,8 +207,8 @@ def _audit_part(part: str, base: Phi3VForCausalLM, config: TrainConfig) -> PartA
         lora_layers=len({module for module, _ in adapters}),
         dora_layers=len({module for module, name in adapters if name in module.lora_magnitude_vector}),
         adapter_scaling=scalings.pop() if len(scalings) == 1 else None,
-        gradient_norm=float(torch.nn.utils.get_total_norm(gradients)) if gradients else None,
-        without_gradient=tuple(name for name, parameter in trainable if parameter.grad is None),
+        gradient_norm=math.hypot(*reached) if reached else None,
+        without_gradient=tuple(name for name, parameter in trainable if parameter not in norms),
     )
 
 

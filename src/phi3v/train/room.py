@@ -140,6 +140,14 @@ def compute_of(room: Room) -> Compute:
     )
 
 
+def home_of(config: TrainConfig, device: torch.device) -> torch.device:
+    """Returns where a run's model lies until its engine has it.
+
+    What shares a model out takes it from the machine's memory, part by part: no GPU has to hold it whole in float32.
+    """
+    return device if config.parallel == "ddp" else torch.device("cpu")
+
+
 def build_model(
     config: TrainConfig, precision: Precision, device: torch.device, compute: Compute | None = None
 ) -> Model:

@@ -1,5 +1,6 @@
 """The assembly of a training run: from a configuration to ``RUN/model``, in stages, each of which may be killed."""
 
+import gc
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from phi3v.model.placement import resolve_device
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment, write_json
 from phi3v.train.activations import choose_activation_policy
-from phi3v.train.assembly import build_trainer, note_best, whole_model
+from phi3v.train.assembly import build_trainer, note_best, on_device, whole_model
 from phi3v.train.audit import audit
 from phi3v.train.callbacks import LateScore
 from phi3v.train.checkpoints import CheckpointStore
@@ -44,6 +45,7 @@ from phi3v.train.room import (
     build_model,
     compute_of,
     data_load,
+    home_of,
     keeps_best,
     training_arguments,
     training_samples,
@@ -126,7 +128,7 @@ def run_training(config: TrainConfig) -> Path:
             if room.is_writer and not run.report_path.exists():
                 write_report(run.path)
             return run.path
-        model = build_model(config, precision, args.device, compute_of(room))
+        model = build_model(config, precision, home_of(config, args.device), compute_of(room))
         cache = open_feature_cache(room, model)
         with Stop(speaks=room.is_writer) as stop, explained(store.describe_newest):
             scorer = build_scorer(room, stop)
@@ -140,6 +142,7 @@ def run_training(config: TrainConfig) -> Path:
                 is_rounded = round_to_base(model, config)
                 restore_weights(model, run.model_dir)
             if scorer is not None:
+                move_to_device(room, model)
                 may_reuse = not is_rounded and not scores_rounded_weights(config, precision)
                 scorer.score(model, result_step, "after", may_reuse=may_reuse)
             if room.is_writer:
@@ -210,17 +213,19 @@ def build_scorer(room: Room, stop: Stop) -> Scorer | None:
 
 def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> None:
     """Does before the first step what would hurt most to find out later: audit, rehearsal, first score."""
+    is_scored = scorer is not None and room.config.eval_before
+    whole = on_device(room, model) if room.is_writer or is_scored else model
     if room.is_writer:
         batch = audit_batch(room)
-        found = audit(model, batch.to(room.args.device), room.config, room.precision)
+        found = audit(whole, batch.to(room.args.device), room.config, room.precision)
         room.run.write_audit(found.to_dict())
         logger.info("%s", found.table())
         found.require_trainable()
         require_disk_space(model, room.store, room.config)
         if start.checkpoint is None:
             rehearse_saving(model, room.processor, room.store)
-    if scorer is not None and room.config.eval_before:
-        scorer.score(model, 0, "before")
+    if scorer is not None and is_scored:
+        scorer.score(whole, 0, "before")
 
 
 def audit_batch(room: Room) -> PackedBatch:
@@ -256,7 +261,7 @@ def train(
         if stop.is_agreed:
             raise StoppedError(f"the run was asked to stop, and did after step {last_step}")
         if (weights := trainer.engine.weights(has_frozen=False)) is not None:
-            model = whole_model(room, weights, room.precision)
+            model = whole_model(room, weights, room.precision, home_of(room.config, room.args.device))
         trainer.engine.close()
     if not keeps_best(room.config):
         return model, last_step
@@ -276,9 +281,19 @@ def take_late_score(room: Room, model: Model, scorer: Scorer | None, start: Star
     if scorer is None or start.checkpoint is None or not start.lacks_score(room.config):
         return None
     restore_weights(model, start.checkpoint.folder)
-    score = scorer.score(model, start.checkpoint.step, "during")
+    score = scorer.score(on_device(room, model), start.checkpoint.step, "during")
     note_best(room, start.log_history(score), start.lost)
     return score
+
+
+def move_to_device(room: Room, model: Model) -> None:
+    """Moves a result that was put together elsewhere to the device, when what trained it has left."""
+    if room.config.parallel == "ddp":
+        return
+    gc.collect()  # the trainer and what hangs on it know each other
+    if room.args.device.type == "cuda":
+        torch.cuda.empty_cache()
+    model.to(device=room.args.device)  # pyright: ignore[reportCallIssue]
 
 
 def round_to_base(model: Model, config: TrainConfig) -> bool:

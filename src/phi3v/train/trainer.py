@@ -136,6 +136,9 @@ class Phi3VTrainer(Trainer):
         assert self._engine is not None, "training has not started"
         return self._engine
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leaves the model where its engine wants it: Trainer would have it whole on the device."""
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; then ends the workers that read ahead."""
         try:

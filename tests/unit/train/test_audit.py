@@ -195,6 +195,23 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_model: Phi3VForCausalLM, ba
     assert problems and all("not finite" in problem for problem in problems)
 
 
+def test_gradients_are_let_go_one_by_one(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
+    """Together they would take as much memory as the weights."""
+    model = prepared(tiny_model, config())
+    model.compute = Compute(accumulates_in_place=True)
+    held: list[int] = []
+
+    def count(_: Any) -> None:
+        held.append(sum(parameter.grad is not None for parameter in model.parameters()))
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(count)
+    found = audit(model, batches["images"], config(), FP32)
+    assert found.problems == () and max(held) == 1
+    assert model.compute.accumulates_in_place
+
+
 def test_nothing_is_left_behind(tiny_model: Phi3VForCausalLM, batches: Batches) -> None:
     settings = config(method="lora", lora_dropout=0.5)
     model = prepared(tiny_model, settings).eval()

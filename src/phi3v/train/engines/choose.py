@@ -58,10 +58,10 @@ def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, acc
     Args:
         config: names it.
         precision: what the run computes in.
-        model: with float32 trainable weights, whole, on its device.
+        model: with float32 trainable weights, whole; on its device for ``ddp``, elsewhere for the others.
         accelerator: Trainer's.
     """
-    make_optimizer = _adamw(config, next(model.parameters()).device)
+    make_optimizer = _adamw(config, accelerator.device)
     if config.parallel == "ddp":
         return Replicated(model, make_optimizer(model), accelerator)
     release_towers(base_of(model).model)
@@ -72,11 +72,14 @@ def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, acc
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     if config.parallel == "fsdp2":
         dtype = precision.autocast_dtype or torch.float32
-        engine: Engine = FullySharded(model, make_optimizer, dtype=dtype, offloads=config.cpu_offload)
+        engine: Engine = FullySharded(
+            model, make_optimizer, device=accelerator.device, dtype=dtype, offloads=config.cpu_offload
+        )
     else:
         engine = DeepSpeed(
             model,
             make_optimizer,
+            device=accelerator.device,
             stage=3 if config.parallel == "zero3" else 2,
             precision=precision.name,
             max_norm=config.max_grad_norm,

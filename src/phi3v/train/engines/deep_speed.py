@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +22,9 @@ class DeepSpeed:
     gradients itself, and leaves out a step whose gradient is not finite.
 
     Args:
-        model: with float32 trainable weights, whole, on its device.
+        model: with float32 trainable weights, whole, anywhere: DeepSpeed moves it, in 16 bit where it computes so.
         make_optimizer: makes AdamW over the model's trainable parameters.
+        device: what this process computes on.
         stage: 2 or 3.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         max_norm: gradients are scaled down to it; 0: never.
@@ -39,12 +41,12 @@ class DeepSpeed:
         model: nn.Module,
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         *,
+        device: torch.device,
         stage: int,
         precision: str,
         max_norm: float,
         offloads: bool = False,
     ) -> None:
-        device = next(model.parameters()).device
         deepspeed = import_deepspeed(device)
         self.is_whole = stage < 3
         self._stage = stage
@@ -247,6 +249,10 @@ def import_deepspeed(device: torch.device) -> Any:
             f"parallel zero2 and zero3 need DeepSpeed ({error}); pip install phi3v[deepspeed], or use parallel fsdp2"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Recent versions of torch say it of names that DeepSpeed calls, in every process at every step.
+    warnings.filterwarnings(
+        "ignore", r".*\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning
+    )
     return deepspeed
 
 

@@ -22,8 +22,9 @@ class FullySharded:
     """An engine as ``Engine`` describes it.
 
     Args:
-        model: with float32 trainable weights, whole, on its device.
+        model: with float32 trainable weights, whole, anywhere: it is moved and shared out layer by layer.
         make_optimizer: makes AdamW over the trainable parameters of the sharded model.
+        device: what this process computes on.
         dtype: what layers compute in; weights are put together in it, gradients added up in float32.
         offloads: keep the state in the machine's memory and not in the GPU's.
     """
@@ -36,10 +37,10 @@ class FullySharded:
         model: nn.Module,
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         *,
+        device: torch.device,
         dtype: torch.dtype,
         offloads: bool = False,
     ) -> None:
-        device = next(model.parameters()).device
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         policy = MixedPrecisionPolicy(
             param_dtype=dtype if dtype != torch.float32 else None,

@@ -98,7 +98,7 @@ def test_sharded_processes_leave_out_a_step_together_and_then_learn(model: Phi3V
 
     def work(rank: int) -> dict[str, torch.Tensor]:
         model.compute = Compute(is_sharded=True)
-        engine = FullySharded(model, adamw, dtype=torch.float16)
+        engine = FullySharded(model, adamw, device=torch.device("cpu"), dtype=torch.float16)
         found: dict[str, torch.Tensor] = {}
         for step in range(3):
             # At first one process's gradient overflows, and only its own.
