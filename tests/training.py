@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -187,6 +188,16 @@ def _image_at(batch: PackedBatch, row: int) -> tuple[int, int]:
             return number, count
         start += count
     raise AssertionError(f"row {row} is in the middle of an image")
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Takes away what the run did after a checkpoint, as if it had been killed then."""
+    for folder in (run / "checkpoints").glob("checkpoint-*"):
+        if int(folder.name.partition("-")[2]) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(run / "model")
+    state = json.loads((run / "checkpoints" / f"checkpoint-{step}" / "training" / "state.json").read_text())
+    assert state["optimizer_steps"] == step
 
 
 def die() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from phi3v.runlog import RunDirectory
-from training import make_config, write_shared_data
+from training import forget_after, make_config, write_shared_data
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,3 +75,18 @@ def test_learns_as_one_process_does(
     num_comparable = 1 if precision == "fp16" else len(expected)
     assert found[:num_comparable] == pytest.approx(expected[:num_comparable], rel=TOLERANCE[precision])
     assert found[-1] < found[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: one alone exchanges nothing")
+@pytest.mark.parametrize(
+    ("parallel", "offloads"), [("fsdp2", False), ("fsdp2", True), ("zero2", True), ("zero3", True)]
+)
+def test_goes_on_from_its_checkpoint(parallel: str, offloads: bool, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Losses are those of the first time; exchanges on GPUs may sum in another order."""
+    if parallel.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed")
+    settings = {"method": "full", "precision": "bf16", "parallel": parallel, "cpu_offload": offloads}
+    expected = run(tiny_dir, data, tmp_path / "run", 2, keep_checkpoints=9, **settings)
+    forget_after(tmp_path / "run", 3)
+    found = run(tiny_dir, data, tmp_path / "run", 2, keep_checkpoints=9, **settings)
+    assert found == pytest.approx(expected, rel=1e-2)

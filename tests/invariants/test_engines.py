@@ -1,8 +1,6 @@
 """However processes share the work, the run is one process's, and checkpoints fit every engine."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from phi3v.runlog import RunDirectory
-from training import final_weights, largest_difference, make_config, train_in_child, write_shared_data
+from training import final_weights, forget_after, largest_difference, make_config, train_in_child, write_shared_data
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -157,13 +155,3 @@ def test_checkpoints_fit_every_engine_and_number_of_processes(
     forget_after(run, 4)
     run_two_processes(tiny_dir, data, run, **settings(data, method, parallel="zero2"))
     assert_close(tmp_path / "alone", run)
-
-
-def forget_after(run: Path, step: int) -> None:
-    """Takes away what the run did after a checkpoint, as if it had been killed then."""
-    for folder in (run / "checkpoints").glob("checkpoint-*"):
-        if int(folder.name.partition("-")[2]) > step:
-            shutil.rmtree(folder)
-    shutil.rmtree(run / "model")
-    state = json.loads((run / "checkpoints" / f"checkpoint-{step}" / "training" / "state.json").read_text())
-    assert state["optimizer_steps"] == step

@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(confi
 
 def test_a_short_run_reaches_its_learning_rate(config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     path = RunDirectory(run_training(config(warmup_steps=None, learning_rate=1e-3)))
-    assert [line["learning_rate"] for line in path.steps()][0] == 1e-3
+    assert path.steps()[0]["learning_rate"] == 1e-3
     with caplog.at_level(logging.WARNING):
         run_training(config(path.path.with_name("other"), warmup_steps=50, learning_rate=1e-3))
     assert "warmup_steps is 50, and the run has 3 steps: the learning rate rises to 4e-05" in caplog.text
