@@ -33,9 +33,21 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-# The registration lives in phi3v.model and needs torch, seconds that `phi3v --help` must not cost. The command line
-# therefore leaves it to the verb that first imports a model; every other importer gets it at once. The processes that a
-# verb starts are told its sys.argv.
-_program = Path(sys.argv[0])
-if not (_program.stem == "phi3v" or _program.match("phi3v/__main__.py") or sys.orig_argv[1:3] == ["-m", "phi3v"]):
+def _is_own_program() -> bool:
+    """Whether this process runs the command line, one of the recipes' scripts, or work that this package handed out.
+
+    The registration lives in phi3v.model and needs torch and peft: seconds and memory that ``--help``, a conversion and
+    a process that decodes videos must not cost. Such programs leave it to whatever first imports a model.
+    """
+    program = Path(sys.argv[0])
+    is_command = program.stem == "phi3v" or program.match("phi3v/__main__.py")
+    if is_command or sys.orig_argv[1:3] == ["-m", "phi3v"]:  # the processes that it starts are told its sys.argv
+        return True
+    if program.absolute().parent == Path(__file__).parents[2] / "recipes":
+        return True
+    return "multiprocessing.process" in sys.modules and import_module("phi3v.data.processes").is_worker()
+
+
+# Every other importer finds the model among transformers' Auto classes at once.
+if not _is_own_program():
     import_module("phi3v.model")

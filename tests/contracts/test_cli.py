@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import phi3v
 from phi3v.cli import main
 from phi3v.config import EvalConfig, TrainConfig
 from phi3v.errors import CapacityError, CheckpointError, ConfigError, DataError
 
 VERBS = ("train", "eval", "generate", "merge", "export", "report", "demo")
 SCRIPT = Path(sys.executable).with_name("phi3v")
+RECIPES = Path(__file__).parents[2] / "recipes"
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL")
 
 
@@ -42,20 +44,57 @@ def recorder(result: object = None) -> tuple[list[tuple[tuple[Any, ...], dict[st
     return calls, record
 
 
-@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "phi3v"]], ids=["phi3v", "python -m phi3v"])
+EVERY_HELP_PAGE = f"""
+import sys
+sys.argv[0] = "phi3v"
+from phi3v.cli import main
+for arguments in (["--version"], ["train"], *([verb, "--help"] for verb in {VERBS})):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(SCRIPT), "--help"],
+        [sys.executable, "-m", "phi3v", "--help"],
+        [sys.executable, "-c", EVERY_HELP_PAGE],
+        [sys.executable, str(RECIPES / "finetune_hf_trainer_docvqa.py"), "--help"],
+        [sys.executable, str(RECIPES / "convert_ucf101.py"), "--help"],
+    ],
+    ids=["phi3v", "python -m phi3v", "every verb", "recipe", "conversion"],
+)
 def test_help_answers_at_once_and_imports_nothing_heavy(command: list[str]) -> None:
-    for arguments in (["--help"], ["--version"], ["train"], *([verb, "--help"] for verb in VERBS)):
-        started = time.perf_counter()
-        done = subprocess.run(
-            command + arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
-        )
-        seconds = time.perf_counter() - started
-        imported = {
-            line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")
-        }
-        assert "phi3v.config" in imported
-        assert imported.isdisjoint(HEAVY), arguments
-        assert seconds < 2, arguments  # 0.1 on an idle machine; importing torch takes longer
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    seconds = time.perf_counter() - started
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "phi3v.arguments" in imported and "usage" in done.stdout
+    assert imported.isdisjoint(HEAVY if "convert" not in command[1] else HEAVY[:4])
+    assert seconds < 2  # 0.1 on an idle machine; importing torch takes longer
+
+
+@pytest.mark.parametrize(
+    ("program", "is_own"),
+    [
+        ("/usr/bin/phi3v", True),
+        ("/somewhere/phi3v/__main__.py", True),
+        (str(RECIPES / "finetune_hf_trainer_nlvr2.py"), True),
+        ("/mine/recipes/finetune_hf_trainer_nlvr2.py", False),
+        ("train.py", False),
+        ("", False),
+    ],
+)
+def test_only_our_own_programs_leave_the_registration_for_later(
+    monkeypatch: pytest.MonkeyPatch, program: str, is_own: bool
+) -> None:
+    """``import phi3v`` in anyone else's program makes the Auto classes know the model."""
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, program])
+    assert phi3v._is_own_program() == is_own
 
 
 def test_module_and_script_are_the_same_command() -> None:

@@ -62,8 +62,9 @@ class Split:
         name: the file's stem, its path where two files share a stem.
         path: the file.
         num_samples: lines that hold a sample.
-        num_usable: those that training can use.
-        bad: the others by reason.
+        num_usable: those that training can use, over-long ones among them.
+        num_overlong: usable samples that are longer than training will take.
+        bad: what training refuses, by reason: those that are not usable, and the over-long ones.
         num_text_only: usable samples without an image.
         own_num_crops: usable samples with a number of crops of their own, by that number.
         turns: turns of a usable sample.
@@ -82,6 +83,7 @@ class Split:
     path: Path
     num_samples: int
     num_usable: int
+    num_overlong: int
     bad: tuple[Finding, ...]
     num_text_only: int
     own_num_crops: dict[int, int]
@@ -105,7 +107,7 @@ class Diagnosis:
         splits: one a data file, in the order given.
         across: what two splits share (leakage), worst first.
         num_crops: the number of crops that training will use.
-        limit: decoder positions that over-long samples exceed.
+        limit: decoder positions above which ``Lengths.num_over`` counts.
         has_decoded: whether every image was decoded.
         has_hashed: whether images were compared by content.
         page: the HTML page, where one was written.
@@ -122,23 +124,28 @@ class Diagnosis:
     @property
     def is_usable(self) -> bool:
         """Whether ``phi3v train`` takes every sample as it is."""
-        return all(split.num_samples == split.num_usable for split in self.splits)
+        return all(split.num_samples == split.num_usable and not split.num_overlong for split in self.splits)
 
     @property
     def verdict(self) -> str:
         """Whether the data are fit for training, in a sentence."""
         if not self.is_usable:
             num_bad = sum(split.num_samples - split.num_usable for split in self.splits)
-            return (
-                f"Not usable as they are: {num_bad:,} bad sample(s). Mend them, or train with on_bad_sample: skip, "
-                "which leaves them out."
-            )
+            num_overlong = sum(split.num_overlong for split in self.splits)
+            found, remedies = [], []
+            if num_bad:
+                found.append(f"{num_bad:,} bad sample(s)")
+                remedies.append("Mend the bad ones, or train with on_bad_sample: skip, which leaves them out.")
+            if num_overlong:
+                found.append(f"{num_overlong:,} over-long sample(s)")
+                remedies.append("Shorten the over-long ones, or train with on_overlong: drop or cut.")
+            return " ".join([f"Not usable as they are: {' and '.join(found)}.", *remedies])
         if self.has_decoded:
             return "Usable: phi3v train takes every sample."
         return "Usable as far as headers tell: images were not decoded."
 
     def __str__(self) -> str:
-        return "\n".join(_fit(line) for line in _lines(self))
+        return "\n".join(_lines(self))
 
 
 def percent(share: float) -> str:
@@ -149,6 +156,22 @@ def percent(share: float) -> str:
 
 
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
+    """Yields the printed lines: numbers cut to the page, what was found wrapped to it."""
+    yield from map(_fit, _tables(diagnosis))
+    yield from _finding_lines("across splits", diagnosis.across)
+    for split in diagnosis.splits:
+        yield from _finding_lines(f"{split.name}: samples that training refuses", split.bad)
+        yield from _finding_lines(f"{split.name}: worth knowing", split.notes)
+        yield from _finding_lines(f"{split.name}: repeats", split.repeats)
+    yield ""
+    if not diagnosis.has_hashed:
+        yield "Images were not compared by content (hashes off): copies under other names were not looked for."
+    if diagnosis.page is not None:
+        yield _printable(f"page: {diagnosis.page}")
+    yield from textwrap.wrap(diagnosis.verdict, WIDTH)
+
+
+def _tables(diagnosis: Diagnosis) -> Iterator[str]:
     splits = diagnosis.splits
     yield from _table(
         ["", "samples", "usable", "turns", "images", "text only", "own num_crops", "files", "supervised"],
@@ -168,17 +191,6 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield ""
         yield from _answer_lines(split)
         yield f"{split.name}: image files {_counts(split.formats)}, modes {_counts(split.modes)}"
-    yield from _finding_lines("across splits", diagnosis.across)
-    for split in splits:
-        yield from _finding_lines(f"{split.name}: samples that training refuses", split.bad)
-        yield from _finding_lines(f"{split.name}: worth knowing", split.notes)
-        yield from _finding_lines(f"{split.name}: repeats", split.repeats)
-    yield ""
-    if not diagnosis.has_hashed:
-        yield "Images were not compared by content (hashes off): copies under other names were not looked for."
-    if diagnosis.page is not None:
-        yield f"page: {diagnosis.page}"
-    yield from textwrap.wrap(diagnosis.verdict, WIDTH)
 
 
 def _overview_row(split: Split) -> list[str]:
@@ -227,11 +239,17 @@ def _finding_lines(title: str, findings: Sequence[Finding]) -> Iterator[str]:
     if not findings:
         return
     yield ""
-    yield title
+    yield from _wrap(title, "", "  ")
     for finding in findings:
-        yield f"  {finding.count:>9,}  {finding.title}"
-        if finding.examples:
-            yield f"             {finding.examples[0]}"
+        yield from _wrap(finding.title, f"  {finding.count:>9,}  ", " " * 13)
+        for example in finding.examples:
+            yield from _wrap(example, " " * 13 + "- ", " " * 15)
+
+
+def _wrap(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        _printable(text), WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -261,7 +279,12 @@ def _pair(one: float, other: float) -> str:
     return f"{percent(one)} ({percent(other)})"
 
 
+def _printable(text: str) -> str:
+    """Writes out what a terminal would obey: names in data are not to be trusted."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def _fit(line: str) -> str:
-    """Shortens a line to the page, and writes out what a terminal would obey: names in data are not to be trusted."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line.rstrip())
+    """Shortens a printable line to the page."""
+    shown = _printable(line.rstrip())
     return shown if len(shown) <= WIDTH else f"{shown[: WIDTH - 1]}\N{HORIZONTAL ELLIPSIS}"

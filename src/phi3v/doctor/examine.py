@@ -8,17 +8,16 @@ import numpy as np
 
 from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
-from ..data.processes import default_num_workers
+from ..data.processes import Workers, default_num_workers
 from ..errors import ConfigError
-from ..model.checkpoint import load_processor
+from ..model.checkpoint import load_config, load_processor
 from .diagnosis import Diagnosis, Split
-from .findings import answers_of, bad_samples, notes_of
+from .findings import answers_of, bad_samples, notes_of, num_overlong
 from .ledger import Ledger, read_all
 from .lengths import NUM_CROPS, Costs, Lengths, costs_of, lengths_of, spread
 from .page import write_page
 from .reading import LINES_A_TASK, Reader
 from .repeats import Repeats
-from .workers import Workers
 
 
 def examine(
@@ -27,7 +26,7 @@ def examine(
     model: str,
     image_dir: Path | None = None,
     num_crops: int | None = None,
-    max_length: int = 4096,
+    max_length: int | None = None,
     decode: bool = False,
     hashes: bool = True,
     html: Path | None = None,
@@ -45,7 +44,8 @@ def examine(
         model: model folder or hub id whose tokenizer and image processing count.
         image_dir: folder that image paths are relative to; default, for each file, images beside it or its own folder.
         num_crops: most crops an image is cut into; default the model's own.
-        max_length: decoder positions, to count the samples above.
+        max_length: as training will be told; longer samples are named, and the data are not usable as they are.
+            Default: what the model knows. The table then counts samples above the short LongRoPE factors' reach.
         decode: decode every image in full, as training will; otherwise damage inside a JPEG that shows only in full
             resolution, and without hashes all damage inside files, stays unseen.
         hashes: compare images by content: copies and near duplicates, also across splits. Off, only headers and file
@@ -65,7 +65,11 @@ def examine(
             raise ConfigError(f"{name} is {value}, must be at least 1")
     if html is not None:
         _make_folder_of(html)
-    encoder = SampleEncoder(load_processor(model, num_crops=num_crops))
+    settings = load_config(model)
+    processor = load_processor(model, num_crops=num_crops)
+    encoder = SampleEncoder(processor)
+    strict = SampleEncoder(processor, max_length=max_length, max_positions=settings.max_position_embeddings)
+    limit = max_length or settings.original_max_position_embeddings
     splits = [ConversationDataset(path, image_dir) for path in data]
     names = _names(data)
     num_lines = sum(dataset.num_lines for dataset in splits)
@@ -78,16 +82,16 @@ def examine(
     for crops in sorted({*NUM_CROPS, costs.num_crops}):
         at_crops = _costs(ledger, encoder, crops)  # one at a time: they are as long as the data
         for number, by_crops in enumerate(lengths):
-            by_crops[crops] = lengths_of(ledger, at_crops, number, max_length)
+            by_crops[crops] = lengths_of(ledger, at_crops, number, limit)
     repeats = Repeats(ledger, costs, names, hashes)
     diagnosis = Diagnosis(
         splits=tuple(
-            _split(ledger, costs, encoder, repeats, lengths[number], number, name, Path(path))
+            _split(ledger, costs, strict, repeats, lengths[number], number, name, Path(path))
             for number, (name, path) in enumerate(zip(names, data, strict=True))
         ),
         across=repeats.across(),
         num_crops=costs.num_crops,
-        limit=max_length,
+        limit=limit,
         has_decoded=decode or hashes,
         has_hashed=hashes,
         page=html,
@@ -132,6 +136,7 @@ def _split(
         path=path,
         num_samples=own.stop - own.start,
         num_usable=len(rows),
+        num_overlong=num_overlong(ledger, costs, encoder, number),
         bad=bad_samples(ledger, costs, encoder, number),
         num_text_only=int((rows["num_images"] == 0).sum()),
         own_num_crops=dict(sorted(Counter(rows["num_crops"][rows["num_crops"] > 0].tolist()).items())),

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..data.encode import SampleEncoder
+from ..data.encode import OVERLONG, SampleEncoder
 from ..data.images import check_image
 from ..data.schema import SampleError
 from .diagnosis import Answers, Finding
@@ -39,7 +39,7 @@ def bad_samples(ledger: Ledger, costs: Costs, encoder: SampleEncoder, split: int
     Args:
         ledger: the data.
         costs: at the number of crops that training uses.
-        encoder: with that number of crops.
+        encoder: with that number of crops, and the limits of length that training has.
         split: number of the split.
     """
     own = ledger.samples_of(split)
@@ -52,7 +52,21 @@ def bad_samples(ledger: Ledger, costs: Costs, encoder: SampleEncoder, split: int
     rows = own.start + np.flatnonzero((reasons == 0) & ~costs.is_usable[own])
     if len(rows):
         findings.append(_bad_finding(ledger, encoder, ELONGATED, rows))
+    if len(rows := _overlong(ledger, costs, encoder, split)):
+        findings.append(_bad_finding(ledger, encoder, OVERLONG, rows))
     return tuple(sorted(findings, key=lambda finding: (-finding.count, finding.title)))
+
+
+def num_overlong(ledger: Ledger, costs: Costs, encoder: SampleEncoder, split: int) -> int:
+    """Counts the samples that exceed the encoder's limits of length and are otherwise usable."""
+    return len(_overlong(ledger, costs, encoder, split))
+
+
+def _overlong(ledger: Ledger, costs: Costs, encoder: SampleEncoder, split: int) -> np.ndarray:
+    own = ledger.samples_of(split)
+    if encoder.limit is None:
+        return np.empty(0, dtype=np.int64)
+    return own.start + np.flatnonzero(costs.is_usable[own] & (costs.tokens[own] > encoder.limit))
 
 
 def notes_of(ledger: Ledger, costs: Costs, split: int, crop_px: int) -> tuple[Finding, ...]:

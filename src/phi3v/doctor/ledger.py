@@ -7,11 +7,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.dataset import ConversationDataset
+from ..data.processes import Workers
 from ..data.schema import Sample
 from .hashing import digests_of_lists
 from .pictures import Look
 from .reading import PLACES_A_TASK, Place, Reader, spans
-from .workers import Workers
 
 IMAGE = np.dtype(
     [

@@ -14,7 +14,7 @@ from planted import as_jpeg, picture, sample, write_jsonl
 
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import IGNORED_LABEL, SampleEncoder
-from phi3v.doctor import examine
+from phi3v.doctor import examine, specimens
 from phi3v.doctor.specimens import MOST_TOKENS, NUM_SPECIMENS
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -159,16 +159,20 @@ def test_every_token_stands_there_and_exactly_the_supervised_are_coloured(
     assert "".join(text for text, _, learnt in shown if not learnt).startswith("<s><|user|>")
 
 
-def test_a_page_of_large_images_and_long_texts_stays_small(tmp_path: Path, golden_dir: Path) -> None:
+def test_a_page_of_large_images_and_long_texts_stays_small(
+    tmp_path: Path, golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = 300_000  # bytes of pictures, which are soon encoded; each takes four thirds of itself
+    rest = 3_000_000 - specimens.IMAGE_BYTES * 4 // 3
+    monkeypatch.setattr(specimens, "IMAGE_BYTES", fewer)
     (tmp_path / "images").mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
     (tmp_path / "images" / "noise.jpg").write_bytes(as_jpeg(Image.fromarray(noise), 95))
     records = [
-        sample(f"{k}", ["noise.jpg"] * 2, user="many words " * 400 + str(k), assistant="answer " * 200)
-        for k in range(14)
+        sample(f"{k}", ["noise.jpg"], user="many words " * 400 + str(k), assistant="answer " * 200) for k in range(14)
     ]
-    page = page_of(write_jsonl(tmp_path / "train.jsonl", *records), golden_dir, num_crops=16)
-    assert len(page.source) < 3_000_000
+    page = page_of(write_jsonl(tmp_path / "train.jsonl", *records), golden_dir, num_crops=4)
+    assert fewer < len(page.source) < rest + fewer * 4 // 3
     assert page.text.count("Not shown: the page is full.") > 0
     assert page.source.count('class="specimen"') == NUM_SPECIMENS
     assert len(page.tokens()) == NUM_SPECIMENS * (MOST_TOKENS + 1)

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any, NoReturn
@@ -237,7 +237,7 @@ def _decode_in_processes(
     waiting = iter(clips)
     running: dict[Future[UnusableVideoError | None], Clip] = {}
     try:
-        with process_pool(num_workers, _begin_worker, context=get_context("spawn")) as pool:
+        with process_pool(num_workers, _begin_worker, is_spawned=True) as pool:
             while True:
                 # Two a process: none waits for work, and little is decoded twice after an interruption.
                 for clip in islice(waiting, 2 * num_workers - len(running)):

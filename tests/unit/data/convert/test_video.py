@@ -213,8 +213,8 @@ def test_frames_that_grow_on_the_way_are_refused(tmp_path: Path, monkeypatch: py
     clip = tmp_path / "clip.mpg"  # a file of this kind may be two, one behind the other
     write_clip(clip, 40, "mpeg1video", block_px=96)
     with (tmp_path / "clip.mpg").open("ab") as file:
-        file.write(write_clip(tmp_path / "large.mpg", 40, "mpeg1video", block_px=480).read_bytes())
-    assert read_frames(clip, 8)[-1].size == (2400, 960)
+        file.write(write_clip(tmp_path / "large.mpg", 40, "mpeg1video", block_px=192).read_bytes())
+    assert read_frames(clip, 8)[-1].size == (960, 384)
     monkeypatch.setattr(video, "MAX_IMAGE_PIXELS", 192 * 480)
     with pytest.raises(UnusableVideoError, match="is damaged"):
         read_frames(clip, 8)
