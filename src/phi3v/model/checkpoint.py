@@ -73,7 +73,9 @@ def _check_folder(path: str | Path, what: str) -> None:
     looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
     if folder.exists() or looks_local:
         if not folder.is_dir():
-            raise CheckpointError(f"{what} {path}: no such folder")
+            former = _replaced(folder)
+            hint = f"; a save was interrupted, the former one is {former}: rename it" if former.is_dir() else ""
+            raise CheckpointError(f"{what} {path}: no such folder{hint}")
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{what} {path}: holds neither config.json nor {ADAPTER_CONFIG}; give a model folder, such as RUN/model"
@@ -270,7 +272,9 @@ def save_model(
     """Writes a model folder in one piece: complete under its name, or not there at all.
 
     A full model is written in the published layout, a ``PeftModel`` in PEFT's adapter format; both with the
-    processor's files. An existing folder of that name is replaced.
+    processor's files. An existing folder of that name is replaced. A save that fails leaves it as it was, and nothing
+    beside it. A save that is killed may leave ``.NAME.writing``, which the next one removes; killed between the new
+    folder's writing and its naming, it leaves the former one as ``.NAME.replaced``, which the next one puts back first.
 
     Args:
         model: what to write.
@@ -280,38 +284,59 @@ def save_model(
         state: the weights, where the model itself holds them in parts; by the names of its parameters, of one dtype.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.writing")
+    temporary, outgoing = folder.with_name(f".{folder.name}.writing"), _replaced(folder)
+    if outgoing.is_dir() and not folder.exists():
+        outgoing.rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write_model(model, processor, temporary, max_shard_size, state)
+        if folder.exists():
+            shutil.rmtree(outgoing, ignore_errors=True)
+            folder.rename(outgoing)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                outgoing.rename(folder)
+                raise
+            shutil.rmtree(outgoing)
+        else:
+            temporary.rename(folder)
+    except BaseException:  # also Ctrl-C: what is half written is as large as a model
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _replaced(folder: Path) -> Path:
+    """Returns where a model folder steps aside to, for the moment in which the new one takes its name."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _write_model(
+    model: PreTrainedModel | PeftModel,
+    processor: Phi3VProcessor,
+    folder: Path,
+    max_shard_size: str | None,
+    state: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Writes all files of a model into an empty folder, and waits until they are on the disk."""
     # An adapter on lm_head must not drag the base's own lm_head into the file.
     options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     if max_shard_size is not None:
         options["max_shard_size"] = max_shard_size
     if state is not None:
         options["state_dict"] = dict(state)
-    model.save_pretrained(str(temporary), **options)
+    model.save_pretrained(str(folder), **options)
     if state is not None and not isinstance(model, PeftModel):
-        _write_dtype(temporary / "config.json", next(iter(state.values())).dtype)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model-card template, full of blanks
-    processor.save_pretrained(temporary)
-    mode = (temporary / "preprocessor_config.json").stat().st_mode
-    for file in temporary.iterdir():
+        _write_dtype(folder / "config.json", next(iter(state.values())).dtype)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model-card template, full of blanks
+    processor.save_pretrained(folder)
+    mode = (folder / "preprocessor_config.json").stat().st_mode
+    for file in folder.iterdir():
         file.chmod(mode)  # safetensors' writer leaves its file to the owner alone, whatever the umask
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if folder.exists():
-        outgoing = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(outgoing, ignore_errors=True)
-        folder.rename(outgoing)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            outgoing.rename(folder)
-            raise
-        shutil.rmtree(outgoing)
-    else:
-        temporary.rename(folder)
-    return folder
 
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:

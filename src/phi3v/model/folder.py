@@ -238,9 +238,11 @@ def check_adapter(folder: Path) -> None:
     tensors = read_tensors([folder / ADAPTER_WEIGHTS])
     firsts = [tensor.shape for name, tensor in tensors.items() if "lora_A" in name or "lora_embedding_A" in name]
     most = max((shape[0] for shape in firsts if shape), default=0)
-    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
-    for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+    patterns = settings.get("rank_pattern") or {}
+    # With patterns for all modules the default rank is no matrix's: bounded all the same, for PEFT makes what it says.
+    most_default = max((max(shape) for shape in firsts if shape), default=0) if patterns else most
+    for rank, bound in [(settings.get("r", 8), most_default), *((rank, most) for rank in patterns.values())]:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= bound:
             raise CheckpointError(
                 f"{file}: says rank {str(rank)[:80]}, but no matrix of {ADAPTER_WEIGHTS} has so many rows; "
                 "copy or download both again"

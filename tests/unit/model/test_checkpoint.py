@@ -463,3 +463,61 @@ def test_a_damaged_folder_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=str(folder)):
         load_model(folder)
+
+
+# --- saving that is interrupted
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"]
+)
+def test_a_failed_save_leaves_nothing_behind(
+    tiny_dir: Path,
+    processor: Phi3VProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    before = bytes_of(folder)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Phi3VProcessor, "save_pretrained", fail)
+    with pytest.raises(type(error)):
+        save_model(load_model(tiny_dir), processor, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert bytes_of(folder) == before
+
+
+def interrupted_between_the_names(folder: Path) -> None:
+    """As a kill leaves it: the former model has stepped aside, the new one has not its name yet."""
+    folder.rename(folder.with_name(f".{folder.name}.replaced"))
+    folder.with_name(f".{folder.name}.writing").mkdir()
+
+
+def test_a_model_that_had_stepped_aside_comes_back_when_the_next_save_fails(
+    tiny_dir: Path, processor: Phi3VProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    before = bytes_of(folder)
+    interrupted_between_the_names(folder)
+    model = load_model(tiny_dir)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Phi3VProcessor, "save_pretrained", fail)
+        save_model(model, processor, folder)
+    assert bytes_of(folder) == before
+    save_model(model, processor, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_had_stepped_aside_is_named_when_it_is_looked_for(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    interrupted_between_the_names(folder)
+    with pytest.raises(CheckpointError, match=r"no such folder.*\.model\.replaced.*rename"):
+        load_model(folder)

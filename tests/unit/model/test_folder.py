@@ -277,3 +277,21 @@ def test_weights_may_lie_in_parts(folder: Path, tiny_dir: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="only safetensors files beside it are read"):
         load_model(folder)
+
+
+def test_a_default_rank_that_no_module_has(
+    tiny_model: Phi3VForCausalLM, processor: Phi3VProcessor, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """``rank_pattern`` gives every module another one."""
+    settings = LoraConfig(r=16, target_modules=["qkv_proj", "o_proj"], rank_pattern={"qkv_proj": 2, "o_proj": 3})
+    model: Any = get_peft_model(tiny_model, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = save_model(model, processor, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.equal(load_model(folder, base=str(tiny_dir))(IDS).logits, expected)
+    change(folder / "adapter_config.json", r=10**9)
+    with pytest.raises(CheckpointError, match="says rank 1000000000"):
+        load_model(folder, base=str(tiny_dir))

@@ -7,7 +7,9 @@ Triton compiles a kernel at its first call with new types or widths, in about a 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOptionalOperand=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 import triton
@@ -201,10 +203,23 @@ def _to_float8_kernel(x, scale, out, width, stride, LARGEST: tl.constexpr, BLOCK
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     number = tl.load(x + row * stride + columns, mask=mask, other=0.0).to(tl.float32) / tl.load(scale)
-    number = tl.minimum(tl.maximum(number, -LARGEST), LARGEST)
+    clamped = tl.minimum(tl.maximum(number, -LARGEST), LARGEST)
+    number = tl.where(number == number, clamped, number)  # NaN stays NaN, which a minimum may drop
     tl.store(out + row * width + columns, number.to(out.dtype.element_ty), mask=mask)
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the first argument's device the current one, on which Triton launches kernels."""
+
+    @wraps(function)
+    def run(first: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *arguments, **options)
+
+    return run
+
+
+@_on_its_device
 def add_norm(
     residual: torch.Tensor,
     delta: torch.Tensor | None,
@@ -225,6 +240,7 @@ def add_norm(
     return hidden
 
 
+@_on_its_device
 def norm_backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -252,6 +268,7 @@ def norm_backward(
     return grad_out, shares[0].sum(dim=0), shares[1].sum(dim=0) if is_layer_norm else None
 
 
+@_on_its_device
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """As ``plain.rotate_``; a row's numbers contiguous."""
     rows, _, heads, _ = qkv.shape
@@ -262,6 +279,7 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     )  # fmt: skip
 
 
+@_on_its_device
 def rotate_backward(
     grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
@@ -277,12 +295,14 @@ def rotate_backward(
     return grad
 
 
+@_on_its_device
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """As ``plain.swiglu``; ``gate_up`` contiguous."""
     rows, width = out.shape
     _swiglu_kernel[(rows, triton.cdiv(width, _BLOCK))](gate_up, out, width, out.stride(0), BLOCK=_BLOCK)
 
 
+@_on_its_device
 def swiglu_backward(gate_up: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
     """As ``plain.swiglu_backward``; ``gate_up`` contiguous."""
     rows, width = grad_out.shape
@@ -293,12 +313,14 @@ def swiglu_backward(gate_up: torch.Tensor, grad_out: torch.Tensor) -> torch.Tens
     return grad
 
 
+@_on_its_device
 def quick_gelu(inner: torch.Tensor, out: torch.Tensor) -> None:
     """As ``plain.quick_gelu``; ``inner`` contiguous."""
     rows, width = out.shape
     _quick_gelu_kernel[(rows, triton.cdiv(width, _BLOCK))](inner, out, width, out.stride(0), BLOCK=_BLOCK)
 
 
+@_on_its_device
 def quick_gelu_backward(inner: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
     """As ``plain.quick_gelu_backward``; ``inner`` contiguous."""
     rows, width = inner.shape
@@ -309,6 +331,7 @@ def quick_gelu_backward(inner: torch.Tensor, grad_out: torch.Tensor) -> torch.Te
     return grad
 
 
+@_on_its_device
 def absolute_maximum(x: torch.Tensor) -> torch.Tensor:
     """As ``plain.absolute_maximum``; a row's numbers contiguous."""
     rows, width = x.shape
@@ -318,6 +341,7 @@ def absolute_maximum(x: torch.Tensor) -> torch.Tensor:
     return largest
 
 
+@_on_its_device
 def to_float8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As ``plain.to_float8``; a row's numbers contiguous."""
     rows, width = x.shape
