@@ -5,9 +5,10 @@ the flags stand for. Flag names and defaults are those of the scripts published 
 """
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,14 @@ HATEFUL_MEMES = Recipe(
 )
 NLVR2 = Recipe("nlvr2", "NLVR2 (accuracy), two images a question", PHI_3_5, 16, "accuracy", source="nlvr2")
 UCF101 = Recipe("ucf101", "UCF-101 (accuracy), eight frames a clip", PHI_3_5, 4, "accuracy")
+
+
+_ADAPTER_FLAGS: dict[str, tuple[Callable[[str], float], float, str]] = {
+    "lora_rank": (positive, 64, "rank of the adapters"),
+    "lora_alpha_ratio": (float, 2.0, "lora_alpha / lora_rank"),
+    "lora_dropout": (float, 0.0, "dropout before the adapters"),
+}
+"""Flags that only adapters read: their type, the published default, and what they are."""
 
 
 def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
@@ -110,9 +119,9 @@ def read_flags(recipe: Recipe, arguments: Sequence[str]) -> tuple[argparse.Names
     flag("--learning_rate", type=float, default=4e-5, metavar="X", help="highest learning rate (%(default)s)")
     flag("--wd", type=float, default=0.01, metavar="X", help="weight decay (%(default)s)")
     flag("--no-tqdm", dest="tqdm", action="store_false", help="show no progress bars")
-    flag("--lora_rank", type=positive, default=64, metavar="N", help="rank of the adapters (%(default)s)")
-    flag("--lora_alpha_ratio", type=float, default=2.0, metavar="X", help="lora_alpha / lora_rank (%(default)s)")
-    flag("--lora_dropout", type=float, default=0.0, metavar="X", help="dropout before the adapters (%(default)s)")
+    for name, (kind, default, purpose) in _ADAPTER_FLAGS.items():
+        metavar = "N" if kind is positive else "X"
+        flag(f"--{name}", type=kind, metavar=metavar, help=f"{purpose} ({default}); needs --use_lora or --use_qlora")
     flag("--freeze_vision_model", action="store_true", help="leave vision tower and projector as they are")
     flags, fields = parser.parse_known_args(arguments)
     if flags.data_dir is None:
@@ -138,13 +147,22 @@ def configuration(
     """
     if flags.use_flash_attention and not has_gpu:
         raise ConfigError("--use_flash_attention needs a GPU, and there is none here; leave it out")
-    if flags.lora_alpha_ratio <= 0:
-        raise ConfigError(f"--lora_alpha_ratio is {flags.lora_alpha_ratio:g}; give a number above 0")
+    given = {name: getattr(flags, name) for name in _ADAPTER_FLAGS if getattr(flags, name) is not None}
+    has_adapters = flags.use_lora or flags.use_qlora
+    if given and not has_adapters:
+        raise ConfigError(
+            f"--{' and --'.join(given)} would do nothing without adapters; add --use_lora or --use_qlora, or leave it "
+            "out"
+        )
+    adapter = {name: default for name, (_, default, _) in _ADAPTER_FLAGS.items()} | given
+    if adapter["lora_alpha_ratio"] <= 0:
+        raise ConfigError(f"--lora_alpha_ratio is {adapter['lora_alpha_ratio']:g}; give a number above 0")
     is_bf16 = flags.bf16 or flags.use_flash_attention
     values: dict[str, object] = {
         "model": flags.model_name_or_path,
-        "train_data": flags.data_dir / f"{recipe.name}_train.jsonl",
-        "eval_data": flags.data_dir / f"{recipe.name}_val.jsonl",
+        # As lists in brackets: a comma in a folder's name would part one without.
+        "train_data": json.dumps([str(flags.data_dir / f"{recipe.name}_train.jsonl")]),
+        "eval_data": json.dumps([str(flags.data_dir / f"{recipe.name}_val.jsonl")]),
         "image_dir": flags.data_dir / "images",
         "output_dir": flags.output_dir,
         "num_crops": flags.num_crops,
@@ -163,11 +181,11 @@ def configuration(
     }
     if recipe.has_mini_set and flags.full_train:
         values["sampling"] = "one_per_image"
-    if flags.use_lora or flags.use_qlora:
+    if has_adapters:
         values["method"] = "qlora" if flags.use_qlora else "lora"
-        values["lora_rank"] = flags.lora_rank
-        values["lora_alpha"] = round(flags.lora_rank * flags.lora_alpha_ratio)
-        values["lora_dropout"] = flags.lora_dropout
+        values["lora_rank"] = adapter["lora_rank"]
+        values["lora_alpha"] = adapter["lora_rank"] * adapter["lora_alpha_ratio"]
+        values["lora_dropout"] = adapter["lora_dropout"]
         if flags.freeze_vision_model:
             values["freeze"] = "[vision, projector]"
     elif flags.freeze_vision_model:

@@ -83,11 +83,13 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--use_lora", {"method": "lora", "lora_rank": 64, "lora_alpha": 128.0, "lora_dropout": 0.0}),
     ("--use_qlora --lora_rank 8", {"method": "qlora", "lora_rank": 8, "lora_alpha": 16.0}),
     ("--use_lora --lora_alpha_ratio 0.5", {"lora_alpha": 32.0}),
+    ("--use_lora --lora_rank 3 --lora_alpha_ratio 0.5", {"lora_rank": 3, "lora_alpha": 1.5}),
     ("--use_lora --lora_dropout 0.1", {"lora_dropout": 0.1}),
     ("--freeze_vision_model", {"method": "frozen_vision"}),
     ("--use_lora --freeze_vision_model", {"method": "lora", "frozen_parts": ("vision", "projector")}),
     ("--no-tqdm", {"progress": False}),
     ("--data_dir elsewhere", {"train_data": [Path("elsewhere/nlvr2_train.jsonl")]}),
+    ("--data_dir a,b", {"train_data": [Path("a,b/nlvr2_train.jsonl")], "eval_data": [Path("a,b/nlvr2_val.jsonl")]}),
     ("--save_steps 7", {"save_steps": 7}),
 ]
 
@@ -114,7 +116,9 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
     ("recipe", "arguments", "message"),
     [
         (NLVR2, ["--use_flash_attention"], "--use_flash_attention needs a GPU, and there is none here"),
-        (NLVR2, ["--lora_alpha_ratio", "0"], "--lora_alpha_ratio is 0"),
+        (NLVR2, ["--use_lora", "--lora_alpha_ratio", "0"], "--lora_alpha_ratio is 0"),
+        (NLVR2, ["--lora_rank", "64"], "--lora_rank would do nothing without adapters; add --use_lora"),
+        (NLVR2, ["--lora_rank", "8", "--lora_dropout", "0.1"], "--lora_rank and --lora_dropout would do nothing"),
         (NLVR2, ["--batch_size", "no"], "'no' is not a whole number"),
         (NLVR2, ["--bathc_size", "4"], "bathc_size.*batch_size"),
         (NLVR2, ["--full_train"], "full_train"),
