@@ -23,11 +23,12 @@ from phi3v.bench.model import bench_config
 from phi3v.bench.options import BenchOptions
 from phi3v.bench.page import memory_text
 from phi3v.bench.run import Bench
+from phi3v.files import write_json
 from phi3v.model import kernels
 from phi3v.model.kernels import plain
 from phi3v.model.packed_attention import PackedAttention
 from phi3v.model.placement import resolve_device
-from phi3v.runlog import environment, write_json
+from phi3v.runlog import environment
 
 
 class Lever(NamedTuple):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from commands import Forked, kill
 from conftest import tiny_model_config, write_random_model
 from phi3v.config import TrainConfig
-from phi3v.train.checkpoints import CheckpointStore
+from phi3v.train.checkpoints.store import CheckpointStore
 from training import final_weights, logged, make_config, write_training_data
 
 SETTINGS = {

@@ -30,9 +30,9 @@ from phi3v.bench.model import bench_config, build_model
 from phi3v.bench.options import BenchOptions
 from phi3v.bench.workload import Workload, costs_of, draw_samples
 from phi3v.data.packing import Budget, saving_of, stem_groups
+from phi3v.files import write_json
 from phi3v.model.compute import Compute
 from phi3v.model.packed_attention import row_alignment
-from phi3v.runlog import write_json
 from phi3v.train.activations import choose_activation_policy
 from phi3v.train.data import Sharing
 from phi3v.train.engines.choose import is_sharded, open_engine, require_engine

@@ -6,13 +6,13 @@ from typing import get_args
 
 import pytest
 
-import phi3v.config
+import phi3v
 from phi3v.cli.configuration_page import configuration_page
 from phi3v.config import PARTS, EvalConfig, Metric, RunConfig, TrainConfig, describe_fields
 from phi3v.eval.metrics import METRICS
 from phi3v.model import parts
 
-SOURCE = Path(phi3v.config.__file__).parent
+SOURCE = Path(phi3v.__file__).parent
 ROOT = Path(__file__).parents[2]
 
 

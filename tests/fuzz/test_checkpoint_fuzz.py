@@ -24,8 +24,8 @@ from phi3v.errors import CheckpointError
 from phi3v.model.checkpoint import load_model, load_processor, save_model
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.train.checkpoints import MANIFEST, REQUIRED_FILES, CheckpointStore, find_problem
-from phi3v.train.weights import restore_weights
+from phi3v.train.checkpoints.store import MANIFEST, REQUIRED_FILES, CheckpointStore, find_problem
+from phi3v.train.checkpoints.weights import restore_weights
 
 FUZZ = settings.get_profile("phi3v-fuzz")
 LOADS = settings(FUZZ, max_examples=FUZZ.max_examples // 3)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import phi3v.train.checkpoints as checkpoints
+import phi3v.train.checkpoints.state as state
+import phi3v.train.checkpoints.store as checkpoints
 import phi3v.train.evaluation as evaluation
 import phi3v.train.run as run
-import phi3v.train.state as state
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.trainer import Phi3VTrainer
@@ -82,7 +82,7 @@ FULL_DEATHS = {
     "in step 2, before any checkpoint": patch(Phi3VTrainer, "micro_step", die_at_call(3)),
     "in the middle of the optimizer's state": patch(state, "save_file", write_half_and_die),
     "before the manifest": patch(checkpoints, "_write_manifest", die_at_call(1)),
-    "after the manifest, before the rename": patch(checkpoints, "_sync_folder", die_at_call(1)),
+    "after the manifest, before the rename": patch(checkpoints, "sync_folder", die_at_call(1)),
     "in step 3, between two micro-batches": patch(Phi3VTrainer, "micro_step", die_at_call(6)),
     "deleting an old checkpoint": patch(checkpoints.CheckpointStore, "_discard", die_at_call(1)),
     "in step 6, beyond the checkpoint of step 4": patch(Phi3VTrainer, "micro_step", die_at_call(5)),

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3v import runlog
+import phi3v
 from phi3v.errors import ConfigError, DataError
-from phi3v.runlog import RunDirectory, environment, write_atomically
+from phi3v.files import write_atomically
+from phi3v.runlog import RunDirectory, environment
+from phi3v.runlog.environment import _git_state
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_kill_9_loses_no_line_that_was_appended(run: RunDirectory) -> None:
     # Started under the command's name: then importing the package does not load the model's dependencies.
     script = run.path / "phi3v.py"
     script.write_text(writer)
-    source = Path(runlog.__file__).parents[1]
+    source = Path(phi3v.__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-P", str(script), str(run.path)],
         stdout=subprocess.PIPE,
@@ -263,14 +265,14 @@ def test_the_environment_holds_versions_and_no_secret(monkeypatch: pytest.Monkey
 
 def test_the_commit_recorded_is_the_sources_own_and_no_surrounding_repositorys(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    installed = tmp_path / "site-packages" / "runlog.py"
+    installed = tmp_path / "site-packages" / "environment.py"
     installed.parent.mkdir()
     installed.write_text("")
     (tmp_path / "source.py").write_text("")
     for arguments in (["init", "-q"], ["add", "source.py"], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *arguments], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    state = runlog._git_state(tmp_path / "source.py")
+    state = _git_state(tmp_path / "source.py")
     assert state is not None
     assert state["commit"] == head
-    assert runlog._git_state(installed) is None
+    assert _git_state(installed) is None

@@ -18,12 +18,13 @@ from phi3v.bench.workload import PAGE_PX, Workload, draw_samples, read_samples
 from phi3v.data.collate import PackSample
 from phi3v.data.packing import Budget
 from phi3v.errors import CapacityError, ConfigError
+from phi3v.files import write_json
 from phi3v.geometry import hd_layout, num_image_tokens
 from phi3v.model.compute import Compute
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.packed_attention import row_alignment
 from phi3v.model.placement import resolve_device
-from phi3v.runlog import environment, write_json
+from phi3v.runlog import environment
 from phi3v.train.messages import describe_gpus
 
 SWEPT_CROPS = (1, 4, 9, 16)

@@ -27,7 +27,7 @@ def _table(cls: type[RunConfig]) -> str:
 _PAGE = """\
 # Configuration
 
-<!-- Printed by `python -m phi3v.cli.configuration_page`; change src/phi3v/config.py and print it again. -->
+<!-- Printed by `python -m phi3v.cli.configuration_page`; change src/phi3v/config/ and print it again. -->
 
 A run is described by a flat YAML file, by options on the command line, or by both; the command line wins.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jinja2
 
 from ..data.encode import SampleEncoder
-from ..runlog import write_atomically
+from ..files import write_atomically
 from .diagnosis import Diagnosis, Split, percent
 from .ledger import Ledger
 from .lengths import Costs, Histogram

@@ -12,10 +12,10 @@ from ..config import EvalConfig
 from ..data.dataset import ConversationDataset, check_dataset
 from ..data.encode import SampleEncoder
 from ..errors import ConfigError
+from ..files import write_atomically, write_json, write_json_lines
 from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
-from ..runlog import write_atomically, write_json, write_json_lines
 from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
 from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
 from .downloads import local_folder

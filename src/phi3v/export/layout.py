@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RopeMode
+from ..files import write_json
 from ..model.processing_phi3_v import Phi3VProcessor
-from ..runlog import write_json
 
 CODE_REPOSITORY = "microsoft/Phi-3.5-vision-instruct"
 """Where the original's code lies."""

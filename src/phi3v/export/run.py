@@ -10,10 +10,11 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from ..config import RopeMode
+from ..files import write_atomically, write_json
 from ..model.checkpoint import load_processor
 from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.processing_phi3_v import Phi3VProcessor
-from ..runlog import environment, write_atomically, write_json
+from ..runlog import environment
 from .card import Exported, model_card
 from .comparison import ARITHMETIC, MOST_NEAR_TIE, MOST_OF_THE_EFFECT, MOST_ROUNDING, ROUNDINGS, Comparison
 from .hub import HubRepository

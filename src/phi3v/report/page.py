@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jinja2
 
 from phi3v.credentials import plain_without_secrets, without_secrets
+from phi3v.files import write_atomically
 from phi3v.report import charts
 from phi3v.report.classes import class_section
 from phi3v.report.examples import RIGHT_FROM, example_groups, image_folders
@@ -32,7 +33,7 @@ from phi3v.report.values import (
     to_text,
     to_whole,
 )
-from phi3v.runlog import RunDirectory, write_atomically
+from phi3v.runlog import RunDirectory
 
 KEY_SETTINGS = (
     ("model", "model"),

@@ -13,7 +13,7 @@ from phi3v.config import LORA_PARTS, TrainConfig, settings_of
 from phi3v.errors import CapacityError
 from phi3v.geometry import ModelDims
 from phi3v.memory import CHECKPOINTING, Checkpointing, MemoryModel, MicroBatch
-from phi3v.train.rehearsal import in_words
+from phi3v.train.checkpoints.rehearsal import in_words
 from phi3v.train.tuning import IMAGE_PARTS
 
 logger = logging.getLogger(__name__)

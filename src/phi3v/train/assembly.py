@@ -22,19 +22,10 @@ from phi3v.model.checkpoint import (
 from phi3v.model.placement import DTYPE_NAMES
 from phi3v.runlog import RunDirectory
 from phi3v.train.batches import WindowReader, Windows
-from phi3v.train.callbacks import (
-    Culprits,
-    KeepBest,
-    LogAtMilestones,
-    NonFiniteGuard,
-    ProgressLine,
-    RunLog,
-    SpeedMeter,
-    SpikeAlarm,
-    StepReading,
-    StopWhenAsked,
-    in_short,
-)
+from phi3v.train.callbacks.guards import Culprits, NonFiniteGuard, SpikeAlarm, StepReading, in_short
+from phi3v.train.callbacks.milestones import KeepBest, LogAtMilestones, StopWhenAsked
+from phi3v.train.callbacks.reporters import ProgressLine, RunLog, SpeedMeter
+from phi3v.train.checkpoints.state import gather
 from phi3v.train.engines.choose import open_engine
 from phi3v.train.evaluation import Scorer, random_states_kept
 from phi3v.train.feature_cache import FeatureCache
@@ -48,7 +39,6 @@ from phi3v.train.room import (
 )
 from phi3v.train.scores import Best, best_of
 from phi3v.train.start import Start
-from phi3v.train.state import gather
 from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tripwire import Tripwire

@@ -26,9 +26,9 @@ from phi3v.data.packing import (
     stem_groups,
 )
 from phi3v.eval.questions import check_labels
+from phi3v.files import write_atomically, write_json
 from phi3v.model.checkpoint import load_config
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.runlog import write_atomically, write_json
 from phi3v.train.batches import Windows
 from phi3v.train.order import StemsTogether
 

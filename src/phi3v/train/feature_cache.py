@@ -31,14 +31,14 @@ from phi3v.data.encode import SampleEncoder
 from phi3v.data.images import check_image
 from phi3v.data.packing import SampleCosts
 from phi3v.errors import CapacityError, ConfigError
+from phi3v.files import write_json
 from phi3v.geometry import num_image_tokens
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.packed import PackedBatch
 from phi3v.model.packed_forward import image_rows
 from phi3v.model.vision_phi3_v import Phi3VImageEmbedding
-from phi3v.runlog import write_json
-from phi3v.train.rehearsal import in_words
+from phi3v.train.checkpoints.rehearsal import in_words
 
 logger = logging.getLogger(__name__)
 

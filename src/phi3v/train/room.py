@@ -26,7 +26,7 @@ from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.activations import ActivationPolicy, DataLoad
 from phi3v.train.batches import TrainingSamples
-from phi3v.train.checkpoints import CheckpointStore
+from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.data import CheckedData, Sharing
 from phi3v.train.engines.choose import is_sharded
 from phi3v.train.feature_cache import FeatureCache

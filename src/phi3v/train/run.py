@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from phi3v.config import TrainConfig
 from phi3v.data.packing import MicroBatch, load_of
 from phi3v.errors import ConfigError, StoppedError
+from phi3v.files import write_json
 from phi3v.model.checkpoint import (
     base_of,
     dtype_of_folder,
@@ -23,21 +24,22 @@ from phi3v.model.four_bit import require_four_bit
 from phi3v.model.packed import PackedBatch
 from phi3v.model.placement import resolve_device
 from phi3v.report import write_report
-from phi3v.runlog import RunDirectory, environment, write_json
+from phi3v.runlog import RunDirectory, environment
 from phi3v.train.activations import choose_activation_policy
 from phi3v.train.assembly import build_trainer, note_best, on_device, whole_model
 from phi3v.train.audit import audit
-from phi3v.train.callbacks import LateScore
-from phi3v.train.checkpoints import CheckpointStore
+from phi3v.train.callbacks.milestones import LateScore
+from phi3v.train.checkpoints.identity import identify
+from phi3v.train.checkpoints.rehearsal import rehearse_saving, require_disk_space
+from phi3v.train.checkpoints.store import CheckpointStore
+from phi3v.train.checkpoints.weights import restore_weights
 from phi3v.train.data import check_data, choose_sharing
 from phi3v.train.engines.choose import require_engine
 from phi3v.train.evaluation import Scorer
 from phi3v.train.faults import explained
 from phi3v.train.feature_cache import FeatureCache, open_cache, require_frozen, require_room
-from phi3v.train.identity import identify
 from phi3v.train.messages import describe_gpus, show_messages
 from phi3v.train.order import epoch_order
-from phi3v.train.rehearsal import rehearse_saving, require_disk_space
 from phi3v.train.room import (
     CHECK_FILE,
     Model,
@@ -58,7 +60,6 @@ from phi3v.train.tuning import (
     Precision,
     choose_precision,
 )
-from phi3v.train.weights import restore_weights
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from phi3v.config import TrainConfig
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.runlog import RunDirectory, write_json
-from phi3v.train.checkpoints import Checkpoint, CheckpointStore
-from phi3v.train.identity import require_same_run
+from phi3v.files import write_json
+from phi3v.runlog import RunDirectory
+from phi3v.train.checkpoints.identity import require_same_run
+from phi3v.train.checkpoints.store import Checkpoint, CheckpointStore
 from phi3v.train.room import keeps_best
 from phi3v.train.scores import SCORE_KEY, Best, best_of, is_out_of_patience, scores_in
 

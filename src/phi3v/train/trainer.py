@@ -24,9 +24,7 @@ from phi3v.model.checkpoint import base_of
 from phi3v.model.packed import PackedBatch
 from phi3v.model.parts import part_of
 from phi3v.train.batches import WindowPlan, WindowReader, Windows
-from phi3v.train.engines.engine import Engine
-from phi3v.train.feature_cache import FeatureCache, compute_missing
-from phi3v.train.state import (
+from phi3v.train.checkpoints.state import (
     load_random_states,
     load_training,
     training_folder,
@@ -34,8 +32,10 @@ from phi3v.train.state import (
     write_random_states,
     write_training,
 )
+from phi3v.train.checkpoints.weights import restore_weights
+from phi3v.train.engines.engine import Engine
+from phi3v.train.feature_cache import FeatureCache, compute_missing
 from phi3v.train.tuning import IMAGE_PARTS
-from phi3v.train.weights import restore_weights
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,9 @@ from transformers import TrainerControl, TrainerState
 
 from phi3v.errors import Phi3VError
 from phi3v.train.batches import WindowPlan
-from phi3v.train.callbacks import (
-    MOST_SKIPPED_STEPS,
-    KeepBest,
-    LogAtMilestones,
-    NonFiniteGuard,
-    StepReading,
-    StopWhenAsked,
-    best_of,
-    is_out_of_patience,
-)
+from phi3v.train.callbacks.guards import MOST_SKIPPED_STEPS, NonFiniteGuard, StepReading
+from phi3v.train.callbacks.milestones import KeepBest, LogAtMilestones, StopWhenAsked
+from phi3v.train.scores import best_of, is_out_of_patience
 from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer, Window
 

@@ -9,8 +9,9 @@ import pytest
 
 from phi3v.config import TrainConfig
 from phi3v.errors import CheckpointError
-from phi3v.runlog import RunDirectory, write_json
-from phi3v.train.checkpoints import CheckpointStore
+from phi3v.files import write_json
+from phi3v.runlog import RunDirectory
+from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.scores import SCORE_KEY
 from phi3v.train.start import IDENTITY_FILE, RESULT_FILE, Start, best_whole, decide_start
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from phi3v.errors import CheckpointError
-from phi3v.train.checkpoints import MANIFEST, REQUIRED_FILES, CheckpointStore
+from phi3v.train.checkpoints.store import MANIFEST, REQUIRED_FILES, CheckpointStore
 
 
 @pytest.fixture

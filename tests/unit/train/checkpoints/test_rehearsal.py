@@ -8,16 +8,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import phi3v.train.rehearsal as rehearsal
+import phi3v.train.checkpoints.rehearsal as rehearsal
 from phi3v.config import TrainConfig
 from phi3v.errors import CapacityError, CheckpointError
 from phi3v.model.checkpoint import load_model, save_model
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.rehearsal import most_checkpoints, rehearse_saving, require_disk_space
+from phi3v.train.checkpoints.rehearsal import most_checkpoints, rehearse_saving, require_disk_space
+from phi3v.train.checkpoints.store import CheckpointStore
+from phi3v.train.checkpoints.weights import require_equal_weights, restore_weights
 from phi3v.train.tuning import select_trainable, wrap_lora
-from phi3v.train.weights import require_equal_weights, restore_weights
 
 
 def config(model: Path | str = "m", **changes: Any) -> TrainConfig:

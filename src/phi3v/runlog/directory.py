@@ -8,43 +8,19 @@ rank 0.
 Every file's fields and units are in ``docs/run-directory.md``.
 """
 
-import json
-import math
-import os
-import platform
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
-
-import numpy as np
+from typing import Any, Literal, Self
 
 from phi3v.credentials import plain_without_secrets, without_secrets
 from phi3v.errors import ConfigError, DataError
+from phi3v.files import encode, json_line, write_atomically, write_json, write_json_lines
+from phi3v.runlog.lines import append_line, read_json, read_lines
 from phi3v.settings import read_plain_yaml
 
 EvalMoment = Literal["before", "during", "after"]
 
 EVAL_MOMENTS: tuple[EvalMoment, ...] = ("before", "during", "after")
-
-PACKAGES_ON_RECORD = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "huggingface_hub",
-    "numpy",
-    "pillow",
-    "deepspeed",
-    "bitsandbytes",
-    "flash-attn",
-    "triton",
-)
-"""Packages whose versions can change a run's numbers or speed; those not installed are left out of the record."""
 
 
 class RunDirectory:
@@ -129,7 +105,7 @@ class RunDirectory:
         run, resumed) as well. Passwords and access tokens are not written; a configuration refuses them beforehand.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config_path, _encode(without_secrets(config_yaml)))
+        write_atomically(self.config_path, encode(without_secrets(config_yaml)))
         write_json(self.environment_path, plain_without_secrets(environment))
         return self
 
@@ -177,7 +153,7 @@ class RunDirectory:
             ValueError: ``line`` has no whole-numbered ``step``.
         """
         _check_step(line)
-        _append_line(self.steps_path, line, is_synced=False)
+        append_line(self.steps_path, line, is_synced=False)
 
     def append_spike(self, line: Mapping[str, Any]) -> None:
         """Adds one line to ``spikes.jsonl``; numbers that are not finite become null.
@@ -186,7 +162,7 @@ class RunDirectory:
             ValueError: ``line`` has no whole-numbered ``step``.
         """
         _check_step(line)
-        _append_line(self.spikes_path, line, is_synced=False)
+        append_line(self.spikes_path, line, is_synced=False)
 
     def append_eval(self, line: Mapping[str, Any]) -> None:
         """Adds one line to ``eval.jsonl``, and writes it to ``eval_before.json`` or ``eval_after.json`` if it is one.
@@ -199,7 +175,7 @@ class RunDirectory:
         if when not in EVAL_MOMENTS:
             raise ValueError(f"an eval line's `when` is {when!r}, must be one of {', '.join(EVAL_MOMENTS)}")
         # An evaluation costs minutes to hours, so its line is worth a sync to the disk; a step's is not.
-        _append_line(self.evals_path, line, is_synced=True)
+        append_line(self.evals_path, line, is_synced=True)
         if when == "before" or when == "after":
             write_json(self.evaluation_path(when), line)
 
@@ -227,15 +203,15 @@ class RunDirectory:
         """
         for path in (self.steps_path, self.spikes_path):
             if path.exists():
-                kept_lines = [line for line in _read_lines(path) if _step_of(line) <= step]
-                write_atomically(path, b"".join(map(_json_line, kept_lines)))
+                kept_lines = [line for line in read_lines(path) if _step_of(line) <= step]
+                write_atomically(path, b"".join(map(json_line, kept_lines)))
         kept_evals = [
             line
             for line in self.evals()
             if line.get("when") == "before" or (line.get("when") == "during" and _step_of(line) <= step)
         ]
         if self.evals_path.exists():
-            write_atomically(self.evals_path, b"".join(map(_json_line, kept_evals)))
+            write_atomically(self.evals_path, b"".join(map(json_line, kept_evals)))
         self.evaluation_path("after").unlink(missing_ok=True)
         evaluated_steps = {_step_of(line) for line in kept_evals}
         for prediction_step in self.prediction_steps():
@@ -248,19 +224,19 @@ class RunDirectory:
         Raises:
             DataError: a line other than a partial last one is not a JSON object. So do all readers of ``.jsonl``.
         """
-        return _read_lines(self.steps_path)
+        return read_lines(self.steps_path)
 
     def spikes(self) -> list[dict[str, Any]]:
         """Reads ``spikes.jsonl``; empty when there is none."""
-        return _read_lines(self.spikes_path)
+        return read_lines(self.spikes_path)
 
     def evals(self) -> list[dict[str, Any]]:
         """Reads ``eval.jsonl``; empty when there is none."""
-        return _read_lines(self.evals_path)
+        return read_lines(self.evals_path)
 
     def evaluation(self, when: Literal["before", "after"]) -> dict[str, Any] | None:
         """Reads ``eval_before.json`` or ``eval_after.json``; None when that evaluation has not been taken."""
-        return _read_json(self.evaluation_path(when))
+        return read_json(self.evaluation_path(when))
 
     def prediction_steps(self) -> list[int]:
         """Lists the steps that have predictions, in order."""
@@ -270,7 +246,7 @@ class RunDirectory:
 
     def predictions(self, step: int) -> list[dict[str, Any]]:
         """Reads the predictions made at ``step``; empty when there are none."""
-        return _read_lines(self.predictions_path(step))
+        return read_lines(self.predictions_path(step))
 
     def config(self) -> dict[str, Any] | None:
         """Reads ``config.yaml``; None when there is none.
@@ -294,172 +270,19 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any] | None:
         """Reads ``environment.json``; None when there is none."""
-        return _read_json(self.environment_path)
+        return read_json(self.environment_path)
 
     def data(self) -> dict[str, Any] | None:
         """Reads ``data.json``; None when there is none."""
-        return _read_json(self.data_path)
+        return read_json(self.data_path)
 
     def audit(self) -> dict[str, Any] | None:
         """Reads ``audit.json``; None when there is none."""
-        return _read_json(self.audit_path)
+        return read_json(self.audit_path)
 
     def best(self) -> dict[str, Any] | None:
         """Reads ``best.json``; None when there is none."""
-        return _read_json(self.best_path)
-
-
-def environment(gpus: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Describes the software and the machine, importing none of the packages it names.
-
-    Environment variables, the command line, host and user names stay out: they hold secrets.
-
-    Args:
-        gpus: what training found out about its accelerators, recorded as it is.
-    """
-    return {
-        "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "phi3v": _version("phi3v"),
-        "git": _git_state(Path(__file__)),
-        "packages": {name: version for name in PACKAGES_ON_RECORD if (version := _version(name)) is not None},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "gpus": [dict(gpu) for gpu in gpus],
-    }
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all; numbers that are not finite become null."""
-    text = json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, _encode(text))
-
-
-def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one line of JSON a row, whole or not at all; numbers that are not finite become null."""
-    write_atomically(path, b"".join(_json_line(row) for row in rows))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill or a power cut leaves the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename in ``directory`` survive a power cut, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _append_line(path: Path, line: Mapping[str, Any], *, is_synced: bool) -> None:
-    """Appends one JSON line. It reaches the operating system before the call returns, so a kill cannot lose it."""
-    encoded = _json_line(line)
-    with path.open("ab+") as file:
-        _repair_tail(file)
-        file.write(encoded)
-        if is_synced:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _repair_tail(file: BinaryIO) -> None:
-    """Ends the file with a whole line: completes a last one that lacks its newline only, removes a partial one."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    content = file.read()
-    start_of_tail = content.rfind(b"\n") + 1
-    if _parse_object(content[start_of_tail:]) is None:
-        file.truncate(start_of_tail)
-    else:
-        file.write(b"\n")
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    # Split at newline bytes only: str.splitlines would also split at separators that JSON strings may hold.
-    *whole_lines, tail = content.split(b"\n")
-    rows = []
-    for number, line in enumerate(whole_lines, start=1):
-        if not line.strip():
-            continue
-        row = _parse_object(line)
-        if row is None:
-            raise DataError(f"{path}:{number}: not a JSON object: {_excerpt(line)}; remove that line")
-        rows.append(row)
-    last_row = _parse_object(tail)
-    return rows if last_row is None else [*rows, last_row]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    loaded = _parse_object(content)
-    if loaded is None:
-        raise DataError(f"{path}: not a JSON object: {_excerpt(content)}; remove it or restore the file the run wrote")
-    return loaded
-
-
-def _parse_object(content: bytes) -> dict[str, Any] | None:
-    """Reads a JSON object; None for anything else. A part of an object is never one: it lacks its last brace."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _excerpt(content: bytes) -> str:
-    return repr(content[:80].decode("utf-8", errors="replace"))
-
-
-def _json_line(row: Mapping[str, Any]) -> bytes:
-    return _encode(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _encode(text: str) -> bytes:
-    # A lone surrogate, which UTF-8 cannot hold, becomes \udXXX: within a JSON string that is its own escape.
-    return text.encode("utf-8", errors="backslashreplace")
-
-
-def _plain(value: Any) -> Any:
-    """Turns numpy scalars, paths and tuples into what JSON has, and numbers that are not finite into None."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+        return read_json(self.best_path)
 
 
 def _check_step(line: Mapping[str, Any]) -> None:
@@ -472,46 +295,3 @@ def _step_of(line: Mapping[str, Any]) -> int:
     """A read line's step; -1 for a line that has none, which therefore is older than any step."""
     step = line.get("step")
     return step if isinstance(step, int) else -1
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state(source_file: Path) -> dict[str, Any] | None:
-    """The commit ``source_file`` is at; None for an installed copy, also for one inside somebody else's repository."""
-    if _git(source_file, "ls-files", "--error-unmatch", source_file.name) is None:
-        return None
-    commit = _git(source_file, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "has_changes": bool(_git(source_file, "status", "--porcelain", "--", "."))}
-
-
-def _git(source_file: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(source_file.parent), *arguments]
-    try:
-        completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return completed.stdout.strip() if completed.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _memory_bytes() -> int | None:
-    """The machine's main memory, bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

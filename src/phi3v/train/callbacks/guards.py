@@ -1,22 +1,16 @@
-"""What happens around an optimizer step: the progress line, the run log, and when to save, to stop and to give up."""
+"""What looks at every step before it is taken: its loss and gradient, what they say, and whose samples they are."""
 
 import logging
 import math
-import resource
-import sys
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phi3v.errors import Phi3VError
-from phi3v.runlog import RunDirectory
-from phi3v.train.scores import best_of, is_out_of_patience
 from phi3v.train.stopping import Stop
 from phi3v.train.trainer import Phi3VTrainer
 from phi3v.train.tripwire import Range, Tripwire
@@ -29,46 +23,6 @@ starts at 65536 and halves each time."""
 
 SAMPLES_NAMED = 8
 """Sample ids that a message names."""
-
-_STEP_FIELDS = (
-    "loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "sharing", "memory_bytes", "elapsed_s",
-)  # fmt: skip
-
-
-class LogAtMilestones(TrainerCallback):
-    """Logs at every step that saves or takes a score, whatever ``logging_steps`` says.
-
-    A logged loss is the mean since the last log, and a resumed run starts that mean anew: with a log at every
-    checkpoint, its log lines are those of the uninterrupted run.
-    """
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
-
-
-class KeepBest(TrainerCallback):
-    """Saves at every new best score; stops training when scores stay below the best for too long.
-
-    Both follow from the log history alone, which checkpoints hold: a resumed run decides as the uninterrupted one.
-
-    Args:
-        keep_best: whether a new best is saved.
-        patience: scores in a row without a new best after which training stops; None: never.
-        lost: steps whose checkpoint was gone when the run started again: a new best need not be better than they were.
-    """
-
-    def __init__(self, keep_best: bool, patience: int | None, lost: Collection[int] = ()) -> None:
-        self._keep_best = keep_best
-        self._patience = patience
-        self._lost = lost
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        best = best_of(state.log_history, self._lost)
-        if self._keep_best and best is not None and best.step == state.global_step:
-            control.should_save = True
-        if is_out_of_patience(state.log_history, self._patience):
-            control.should_training_stop = True
 
 
 class StepReading(TrainerCallback):
@@ -281,46 +235,6 @@ class Culprits(TrainerCallback):
             self._losses.append(output.loss.detach())
 
 
-class StopWhenAsked(TrainerCallback):
-    """Ends training after the step in which the processes agreed to stop, with a checkpoint.
-
-    A score that would be due is left to the resumed run: it may take longer than a scheduler waits.
-
-    Args:
-        stop: whether they agreed.
-    """
-
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stop.is_agreed:
-            control.should_evaluate = False
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stop.is_agreed:
-            control.should_save = control.should_training_stop = True
-
-
-class LateScore(TrainerCallback):
-    """Enters into the log a score that the stopped run had left out and the resumed one took before its first step.
-
-    Args:
-        trainer: logs it.
-        score: as ``Scorer.score_during`` gives it.
-    """
-
-    def __init__(self, trainer: Phi3VTrainer, score: dict[str, float]) -> None:
-        self._trainer = trainer
-        self._score = score
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.log(self._score)
-
-
 def in_short(names: Sequence[str]) -> str:
     """Returns the first ``SAMPLES_NAMED`` of some names, and how many more there are."""
     more = len(names) - SAMPLES_NAMED
@@ -333,123 +247,3 @@ def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 def _as_fields(name: str, expected: Range | None) -> dict[str, float]:
     return {} if expected is None else {f"{name}_median": expected.median, f"{name}_limit": expected.limit}
-
-
-class SpeedMeter(TrainerCallback):
-    """Measures optimizer steps: data, forward, backward and update, but neither saving nor scoring.
-
-    Args:
-        trainer: whose windows are counted.
-        earlier_s: seconds that the run trained before it was resumed.
-    """
-
-    def __init__(self, trainer: Phi3VTrainer, earlier_s: float) -> None:
-        self._trainer = trainer
-        self._elapsed_s = earlier_s
-        self._samples = self._tokens = self._computed_tokens = 0
-        self._seconds = 0.0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        window = self._trainer.window
-        assert window is not None
-        seconds = time.perf_counter() - window.started_s
-        self._samples += window.plan.samples
-        self._tokens += window.plan.tokens
-        self._computed_tokens += window.plan.computed_tokens
-        self._seconds += seconds
-        self._elapsed_s += seconds
-
-    def read(self) -> dict[str, float]:
-        """Returns speed and sharing since the last call, over all processes, and this process's peak memory."""
-        speed = {
-            "samples_per_s": self._samples / self._seconds,
-            "tokens_per_s": self._tokens / self._seconds,
-            "sharing": self._tokens / self._computed_tokens,
-            "memory_bytes": peak_memory_bytes(self._trainer.args.device),
-            "elapsed_s": self._elapsed_s,
-        }
-        self._samples = self._tokens = self._computed_tokens = 0
-        self._seconds = 0.0
-        return speed
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the most memory held so far: a GPU's own, or on a CPU the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-
-
-class RunLog(TrainerCallback):
-    """Writes ``steps.jsonl``.
-
-    Args:
-        run: the run directory; only the writing process has this callback.
-    """
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs:
-            measured = {name: logs[name] for name in _STEP_FIELDS if name in logs}
-            self._run.append_step({"step": state.global_step, "epoch": state.epoch, **measured})
-
-
-class ProgressLine(TrainerCallback):
-    """Shows loss, speed and memory.
-
-    Args:
-        has_bar: as a progress bar; else as plain lines.
-    """
-
-    def __init__(self, *, has_bar: bool) -> None:
-        self._has_bar = has_bar
-        self._bar: tqdm[Any] | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", dynamic_ncols=True,
-            disable=not self._has_bar,
-        )  # fmt: skip
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self._bar is not None
-        self._bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or self._bar is None:
-            return
-        text = (
-            f"loss {logs['loss']:.4f}, {logs['samples_per_s']:.3g} samples/s, {logs['tokens_per_s']:,.0f} tokens/s, "
-            f"{logs['memory_bytes'] / 1e9:.1f} GB"
-        )
-        if logs["sharing"] > 1:
-            text += f", {logs['sharing']:.2f} x by sharing"
-        if self._bar.disable:
-            print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr, flush=True)
-        else:
-            self._bar.set_postfix_str(text)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self._bar is not None
-        self._bar.close()

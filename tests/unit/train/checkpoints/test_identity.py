@@ -1,12 +1,13 @@
-from dataclasses import fields, replace
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phi3v.config import TrainConfig
+from phi3v.config import TrainConfig, settings_of
 from phi3v.errors import CheckpointError
-from phi3v.train.identity import DECIDES, FREE, ROUNDS, identify, require_same_run
+from phi3v.train.checkpoints.identity import identify, require_same_run
 
 CONFIG = TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl")])
 
@@ -16,10 +17,14 @@ def identity(config: TrainConfig = CONFIG, **changes: Any) -> dict[str, Any]:
     return identify(config, **facts)
 
 
-def test_every_field_is_in_one_class() -> None:
-    names = {field.name for field in fields(TrainConfig)}
-    assert names == DECIDES | ROUNDS | FREE
-    assert len(DECIDES) + len(ROUNDS) + len(FREE) == len(names)
+def test_the_documentation_names_what_a_resume_may_change() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "tuning.md").read_text("utf-8")
+    settings = settings_of(TrainConfig)
+    unnamed = {"output_dir", "train_data", "eval_data", "resume", "progress"}  # where files lie, and what a run shows
+    for start, kind in (("| freely |", "free"), ("| with a warning", "rounds")):
+        (row,) = (line for line in page.splitlines() if line.startswith(start))
+        named = set(re.findall(r"`(\w+)`", row)) & settings.keys()
+        assert named == {one.name for one in settings.values() if one.on_resume == kind} - unnamed
 
 
 def test_the_same_run() -> None:

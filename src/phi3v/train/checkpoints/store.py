@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phi3v.errors import CheckpointError
+from phi3v.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class CheckpointStore:
             self._discard(target)
         staged.rename(target)
         self.staging.rmdir()
-        _sync_folder(self.root)
+        sync_folder(self.root)
         return Checkpoint(target, step, dict(identity))
 
     def newest(self) -> Checkpoint | None:
@@ -218,7 +219,7 @@ def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> Non
     target = folder / MANIFEST
     target.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     _sync_file(target)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -259,14 +260,6 @@ def _digest(path: Path) -> str:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unused_name(path: Path) -> Path:

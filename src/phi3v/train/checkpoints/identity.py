@@ -1,4 +1,8 @@
-"""What makes two starts the same run: which settings a resume must find unchanged, and which it may not care about."""
+"""What makes two starts the same run: what a resume must find unchanged, and what it may not care about.
+
+Every field says for itself what another value means (``on_resume``). Of the data, the content decides and not the path:
+see the fingerprints.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -6,38 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from phi3v.config import TrainConfig
+from phi3v.config import TrainConfig, settings_of
 from phi3v.errors import CheckpointError
-
-DECIDES = frozenset(
-    {
-        "model", "image_dir", "num_crops", "max_length", "on_overlong", "on_bad_sample", "rope_mode", "precision",
-        "seed", "method", "freeze", "part_learning_rates", "lora_rank", "lora_alpha", "lora_dropout", "lora_parts",
-        "use_rslora", "use_dora", "four_bit_parts",
-        "learning_rate", "batch_size", "num_train_epochs", "max_steps", "lr_scheduler", "warmup_steps", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loss_weighting",
-        "sampling", "shared_questions", "fp8", "eval_metric", "eval_scoring", "eval_labels", "eval_limit",
-        "eval_max_new_tokens",
-    }
-)  # fmt: skip
-"""Fields that decide what is trained, or what its scores mean: a resume with another value is refused."""
-
-ROUNDS = frozenset(
-    {
-        "micro_batch_tokens", "micro_batch_crops", "micro_batch_size", "checkpointing", "device",
-        "parallel", "cpu_offload",
-    }
-)  # fmt: skip
-"""Fields that change the order of floating-point operations only: a resume may change them, and says so."""
-
-FREE = frozenset(
-    {
-        "output_dir", "train_data", "eval_data", "check_images", "num_workers", "save_steps", "keep_checkpoints",
-        "keep_best", "resume", "eval_before", "eval_steps", "eval_batch_size", "early_stopping_patience",
-        "logging_steps", "report_to", "progress", "vision_cache", "on_loss_spike",
-    }
-)  # fmt: skip
-"""Fields that a resume may change. Of the data, the content decides and not the path: see the fingerprints."""
+from phi3v.settings import OnResume
 
 _PACKAGES = ("torch", "transformers", "peft")
 
@@ -68,16 +43,22 @@ def identify(
     values["four_bit_parts"] = sorted(config.four_bit_parts)
     return {
         "decides": {
-            **{name: values[name] for name in sorted(DECIDES)},
+            **_marked("decides", values),
             "training samples (fingerprint)": train_fingerprint,
             "evaluation samples (fingerprint)": eval_fingerprint,
         },
         "rounds": {
-            **{name: values[name] for name in sorted(ROUNDS)},
+            **_marked("rounds", values),
             "number of processes": world_size,
             **{f"{package} version": metadata.version(package) for package in _packages(config)},
         },
     }
+
+
+def _marked(on_resume: OnResume, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are declared to mean this to a run that goes on."""
+    settings = settings_of(TrainConfig)
+    return {name: values[name] for name in sorted(values) if settings[name].on_resume == on_resume}
 
 
 def require_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], place: Path) -> list[str]:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from phi3v.errors import CheckpointError
-from phi3v.runlog import write_json
+from phi3v.files import write_json
 from phi3v.train.engines.engine import Average, Engine, Read
 
 FOLDER = "training"

@@ -12,8 +12,8 @@ from phi3v.config import TrainConfig
 from phi3v.errors import CapacityError, CheckpointError
 from phi3v.model.checkpoint import load_processor, save_model
 from phi3v.model.processing_phi3_v import Phi3VProcessor
-from phi3v.train.checkpoints import CheckpointStore
-from phi3v.train.weights import require_equal_weights, weights_bytes
+from phi3v.train.checkpoints.store import CheckpointStore
+from phi3v.train.checkpoints.weights import require_equal_weights, weights_bytes
 
 logger = logging.getLogger(__name__)
 
