@@ -5,13 +5,30 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
-from .cache_names import named_cache, one_cache, positions_of_keys
+from .cache_names import named_cache, one_cache
 from .configuration_phi3_v import Phi3VConfig
 
 Candidates = tuple[torch.Tensor, torch.Tensor | None]
 """Ids with drafts at their end (1, L), and the drafts' logits (1, drafts, vocab_size) where there are some."""
+
+_LONGEST = "_phi3v_longest_text"
+
+
+def note_positions_of_keys(cache: Cache, new: int) -> None:
+    """Notes on a cache that can be cropped how long the text is that its next ``new`` keys are computed in."""
+    if isinstance(cache, DynamicCache) and not torch.compiler.is_compiling():
+        length = int(cache.get_seq_length()) + new
+        vars(cache)[_LONGEST] = max(length, positions_of_keys(cache))
+
+
+def positions_of_keys(cache: Cache) -> int:
+    """Returns the length, in positions, of the longest text that keys of a cache were computed in; 0: not known.
+
+    More than the cache holds where some were cropped away since: LongRoPE chose the others' factors with them.
+    """
+    return vars(cache).get(_LONGEST, 0)
 
 
 class Phi3VGenerationMixin(GenerationMixin):
@@ -57,6 +74,10 @@ class Phi3VGenerationMixin(GenerationMixin):
             cache = None
             next_sequence_length = None
             is_first_iteration = True
+        elif cache is not None and past == 0 and inputs_embeds is None:
+            is_first_iteration = (
+                True  # an assistant's calls never are to transformers, which would leave the images out
+            )
         elif past and is_first_iteration and inputs_embeds is None and kwargs.get("image_sizes") is not None:
             kwargs |= self._images_behind(past, input_ids, new, kwargs)
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]

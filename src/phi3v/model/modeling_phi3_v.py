@@ -15,10 +15,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ..geometry import num_image_tokens
-from .cache_names import CACHE_NAME, named_cache, note_positions_of_keys, one_cache
+from .cache_names import CACHE_NAME, named_cache, one_cache
 from .compute import Compute
 from .configuration_phi3_v import PUBLISHED_WRONG_EOS, Phi3VConfig
-from .generation_phi3_v import Phi3VGenerationMixin
+from .generation_phi3_v import Phi3VGenerationMixin, note_positions_of_keys
 from .loss import mean_token_loss, weighted_token_loss
 from .packed import PackedBatch
 from .packed_forward import packed_loss, release_towers

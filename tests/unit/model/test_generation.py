@@ -69,6 +69,17 @@ def test_drafts_change_no_answer(limited_model: Any, assistant: Any, way: str, l
     assert generated(limited_model, inputs, 40, **helps) == expected
 
 
+@pytest.mark.parametrize("way", ["lookup", "itself"])
+def test_drafts_behind_images(limited_model: Any, processor: Phi3VProcessor, way: str) -> None:
+    inputs = dict(processor([FIRST], [pictures()[:1]]))
+    expected = generated(limited_model, inputs, 60, use_cache=False)
+    helps: dict[str, Any] = {
+        "lookup": {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1},
+        "itself": {"assistant_model": limited_model},
+    }[way]
+    assert generated(limited_model, inputs, 60, **helps) == expected
+
+
 def test_drafts_after_left_padding(limited_model: Any) -> None:
     inputs = repeating(50)
     padded = {
