@@ -6,6 +6,7 @@ Importing this package registers the model with transformers' Auto classes.
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def _is_own_program() -> bool:
     """
     program = Path(sys.argv[0])
     is_command = program.stem == "phi3v" or program.match("phi3v/__main__.py")
-    if is_command or sys.orig_argv[1:3] == ["-m", "phi3v"]:  # the processes that it starts are told its sys.argv
+    # Launchers put options before -m. Processes that the command starts are told its sys.argv.
+    if is_command or ("-m", "phi3v") in pairwise(sys.orig_argv):
         return True
     if program.absolute().parent == Path(__file__).parents[2] / "recipes":
         return True

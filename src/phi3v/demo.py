@@ -144,7 +144,8 @@ def write_data(folder: Path) -> None:
     """Writes scikit-learn's 1,797 digit images as PNG and the questions about them as JSONL, split by image.
 
     ``train.jsonl`` / ``test.jsonl``: three questions about every image, one about a pair. ``spell-train.jsonl`` /
-    ``spell-test.jsonl``: a question that the first model never saw.
+    ``spell-test.jsonl``: a question that the first model never saw. ``again-train.jsonl`` / ``again-test.jsonl``: a
+    quarter of the old questions, one about every image, so that the new one does not displace them.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -166,6 +167,7 @@ def write_data(folder: Path) -> None:
             _sample(f"spell-{index:04}", [index], NEW_QUESTION, DIGIT_NAMES[digits.target[index]]) for index in indices
         ]
         _write_jsonl(folder / f"spell-{split}.jsonl", spelled)
+        _write_jsonl(folder / f"again-{split}.jsonl", [samples[4 * place + place % 4] for place in range(len(indices))])
 
 
 def _questions_about(index: int, indices: Sequence[int], target: Sequence[int]) -> list[dict[str, Any]]:
@@ -209,10 +211,10 @@ device: cpu
 """
 
 LORA_YAML = """\
-# Adapters teach the trained model a question that it has never been asked.
+# Adapters teach the trained model a question that it has never been asked, beside some that it knows.
 model: {folder}/full/model
-train_data: [{folder}/data/spell-train.jsonl]
-eval_data: [{folder}/data/spell-test.jsonl]
+train_data: [{folder}/data/spell-train.jsonl, {folder}/data/again-train.jsonl]
+eval_data: [{folder}/data/spell-test.jsonl, {folder}/data/again-test.jsonl]
 output_dir: {folder}/lora
 method: lora
 lora_rank: 8
@@ -261,9 +263,10 @@ def run_demo(folder: Path) -> None:
     _phi3v("train", folder / "lora.yaml")
     _say("Export: merge the adapter, reload the result in a fresh process and compare the two")
     _phi3v("export", folder / "lora", folder / "exported")
-    _say("The exported folder answers the new question from the test set")
+    _say("The exported folder answers the new question and the old ones from the test set")
+    data = folder / "data"
     _phi3v(
-        *("eval", "--model", folder / "exported", "--data", folder / "data" / "spell-test.jsonl"),
+        *("eval", "--model", folder / "exported", "--data", data / "spell-test.jsonl", data / "test.jsonl"),
         *("--output_dir", folder / "eval-exported", "--batch_size", "120", "--max_new_tokens", "10"),
         *("--device", "cpu"),
     )
@@ -317,7 +320,8 @@ def _train_and_kill(folder: Path) -> None:
 
 def _summary(folder: Path) -> str:
     """Tabulates accuracy before and after, by question, from the runs' own records."""
-    lines = [f"{'question':16} {'before':>8} {'after':>8} {'chance':>8}   accuracy, {NUM_TEST_IMAGES} held-out images"]
+    title = f"accuracy, {NUM_TEST_IMAGES} held-out images"
+    lines = [f"{'run':5} {'question':16} {'before':>8} {'after':>8} {'chance':>8}   {title}"]
     for name in ("full", "lora"):
         run = RunDirectory(folder / name).open()
         first, *_, last = run.prediction_steps()
@@ -325,7 +329,7 @@ def _summary(folder: Path) -> str:
         for question, rows in after.items():
             answers = Counter(row["answers"][0] for row in rows)
             chance = answers.most_common(1)[0][1] / len(rows)
-            lines.append(f"{question:16} {_mean(before[question]):8.1%} {_mean(rows):8.1%} {chance:8.1%}")
+            lines.append(f"{name:5} {question:16} {_mean(before[question]):8.1%} {_mean(rows):8.1%} {chance:8.1%}")
     lines += [
         "(chance: always giving the commonest answer)",
         "",

@@ -1,13 +1,27 @@
 """Files that are whole or as they were, and JSON that every reader reads."""
 
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space on the disk, none left of the user's share of it, or a file over the largest size that is allowed."""
+
+_FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Says whether an error is a full disk's, as the system names it or as a library hands it on in words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL_DISK
+    return bool(_FULL_DISK_TEXT.search(str(error)))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

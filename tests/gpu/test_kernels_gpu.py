@@ -97,3 +97,19 @@ def test_float8(fused, dtype: torch.dtype) -> None:
     assert fused.absolute_maximum(x) == plain.absolute_maximum(x)
     scale = plain.absolute_maximum(x) / torch.finfo(dtype).max
     assert torch.equal(fused.to_float8(x, scale, dtype).float(), plain.to_float8(x, scale, dtype).float())
+
+
+def test_float8_keeps_what_is_no_number(fused) -> None:
+    x = random(ROWS, 3072, dtype=torch.bfloat16)
+    x[3, 5], x[7, 9] = float("nan"), float("inf")
+    scale = torch.ones((), device="cuda")
+    found, expected = (one.to_float8(x, scale, torch.float8_e4m3fn).float() for one in (fused, plain))
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(found[3, 5].isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_kernel_runs_where_its_tensors_are(fused) -> None:
+    x = torch.randn(ROWS, 3072, device="cuda:1").bfloat16()
+    assert torch.cuda.current_device() == 0
+    assert fused.absolute_maximum(x).to("cuda:0") == plain.absolute_maximum(x).to("cuda:0")

@@ -19,7 +19,7 @@ import torch
 
 from commands import Forked, kill, small_disk
 from phi3v.runlog import RunDirectory
-from phi3v.train.checkpoints import MANIFEST, CheckpointStore, find_problem
+from phi3v.train.checkpoints.store import MANIFEST, CheckpointStore, find_problem
 from training import final_weights, logged, make_config, train_in_child, write_training_data
 
 pytestmark = pytest.mark.slow

@@ -58,7 +58,8 @@ class RunConfig:
     )
     rope_mode: RopeMode = setting(
         MODEL_AND_DATA,
-        "LongRoPE factors: by each sequence's own length, or fixed to match the server that will run the model.",
+        "LongRoPE factors: by each sequence's own length, or fixed to match the server that will run the model. For "
+        "phi3v eval, auto is the mode of the run whose result the model is.",
         default="auto",
     )
     precision: Precision = setting(

@@ -19,6 +19,9 @@ IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 """An image tag, ``<|image_1|>``; its group is the image's number, counted from 1 over the whole conversation."""
 
 _NEAR_TAG = re.compile(r"<\|\s*image[^|>\n]*\|>", re.IGNORECASE)
+_FOREIGN_TAG = "<image>"
+"""What LLaVA and trainers after it write where an image stands."""
+
 _MAX_TAG_CHARS = 20  # a number that no conversation reaches, and short enough for int()
 _FORMAT_TOKENS = re.compile(r"<\|(?:user|assistant|system|end|endoftext)\|>")
 
@@ -135,10 +138,12 @@ def parse_sample(line: str, where: str) -> Sample:
     try:
         record = json.loads(line, object_pairs_hook=_object_without_repeats)
     except json.JSONDecodeError as error:
+        is_array = line.lstrip().startswith("[")
         raise sample_error(
             where,
-            f"broken JSON: {error.msg} at column {error.colno}",
-            "Each line must be one whole JSON object; write the file with json.dumps, one object a line.",
+            f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
+            "Each line must be one whole JSON object; write the file with json.dumps, one object a line."
+            + " `phi3v data convert` turns other trainers' JSON arrays into such files." * is_array,
             "broken JSON",
         ) from error
     except _RepeatedKeyError as error:
@@ -150,7 +155,9 @@ def parse_sample(line: str, where: str) -> Sample:
             where, f"broken JSON: {error}", "Write the line as docs/data.md shows.", "broken JSON"
         ) from error
     if not isinstance(record, dict):
-        raise _type_error(where, "the line", record, "an object with the keys " + ", ".join(_SAMPLE_KEYS))
+        known = "an object with the keys " + ", ".join(_SAMPLE_KEYS)
+        by_converter = "; `phi3v data convert` reads arrays of other trainers" if isinstance(record, list) else ""
+        raise _type_error(where, "the line", record, known + by_converter)
     _check_keys(where, record, _SAMPLE_KEYS, "a sample")
     sample_id = _text(where, record, "id", "the sample")
     label = _label(where, sample_id)
@@ -256,6 +263,14 @@ def _parse_turn(where: str, turn: Any) -> Turn:
                 "Write <|image_1|>, or leave tags out: the turn's images are then placed before its text.",
                 "wrong image tags",
             )
+    if images and _FOREIGN_TAG in user:
+        raise sample_error(
+            where,
+            f"the user's text holds {_FOREIGN_TAG!r}, which is no image tag here and would be read as text",
+            "Write <|image_1|>, or leave it out: the turn's images are then placed before its text. `phi3v data "
+            "convert` turns other trainers' files into these.",
+            "wrong image tags",
+        )
     assistant = _text(where, turn, "assistant", "the turn", empty_reason="empty answer")
     _refuse_tokens(where, "the answer", assistant, _FORMAT_TOKENS, _NEAR_TAG)
     answers = turn.get("answers")

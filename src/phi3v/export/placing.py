@@ -1,8 +1,6 @@
 """A folder that appears complete under its name, or not at all."""
 
-import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import CapacityError, CheckpointError, ConfigError
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b")
+from ..files import is_full_disk
 
 
 @contextmanager
@@ -89,8 +85,7 @@ def _explained(output_dir: Path) -> Iterator[None]:
         # The tokenizers library raises Exception itself; any other that is not about files goes through.
         if type(error) is not Exception and not isinstance(error, OSError | SafetensorError):
             raise
-        is_full = (isinstance(error, OSError) and error.errno in _FULL_DISK) or _FULL_DISK_TEXT.search(str(error))
-        if is_full:
+        if is_full_disk(error):
             raise CapacityError(
                 f"{output_dir} was not written: the disk is full ({error}). Make room, or choose an output folder on "
                 "another disk"

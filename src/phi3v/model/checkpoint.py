@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -24,6 +24,7 @@ from .configuration_phi3_v import Phi3VConfig
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    adapted_modules,
     as_checkpoint_error,
     check_adapter,
     check_processor_files,
@@ -70,7 +71,8 @@ def base_of_adapter(path: str | Path) -> str:
 def _check_folder(path: str | Path, what: str) -> None:
     """Refuses a local path that holds no model; anything that is not a local path is taken for a hub id."""
     folder = Path(path)
-    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
+    is_beside = folder.parent != Path() and folder.parent.is_dir()  # runs/modle beside runs/model
+    looks_local = is_beside or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
     if folder.exists() or looks_local:
         if not folder.is_dir():
             former = _replaced(folder)
@@ -228,7 +230,10 @@ def _put_adapter(base: Any, folder: Path) -> PeftModel:
     with as_checkpoint_error(f"adapter {folder}"), warnings.catch_warnings():
         # PEFT asks for gradient checkpointing under the name that transformers 5.23 has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        model = PeftModel.from_pretrained(base, str(folder))
+        settings = PeftConfig.from_pretrained(str(folder))
+        if isinstance(settings, LoraConfig) and isinstance(settings.target_modules, str):
+            settings.target_modules = set(adapted_modules(folder))
+        model = PeftModel.from_pretrained(base, str(folder), config=settings)
     # PEFT leaves what the file lacks as it was initialised, and what it has too much of aside.
     stored = read_tensors([folder / ADAPTER_WEIGHTS]).keys()
     own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()

@@ -249,6 +249,16 @@ def check_adapter(folder: Path) -> None:
             )
 
 
+def adapted_modules(folder: Path) -> list[str]:
+    """Names the modules that an adapter's matrices belong to, in full and by its weights.
+
+    Where ``target_modules`` is a regular expression, these are what it found when the adapter was made; the expression
+    itself, which could run for ever, is not run again.
+    """
+    names = read_tensors([folder / ADAPTER_WEIGHTS])
+    return sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name})
+
+
 def check_processor_files(folder: Path) -> None:
     """Checks that the processor's files are there and hold JSON objects.
 
@@ -265,9 +275,11 @@ def check_processor_files(folder: Path) -> None:
 
 
 def _check_names(file: Path, settings: Mapping[str, Any]) -> None:
-    """Makes sure that an adapter names modules, and holds no regular expressions."""
+    """Makes sure that an adapter names modules, and holds no regular expressions but one that nobody runs."""
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = settings.get(key)
+        if key == "target_modules" and isinstance(value, str):
+            continue  # ``adapted_modules`` stands in its place
         names = [value] if isinstance(value, str) else value or []
         if not isinstance(names, list):
             raise CheckpointError(f"{file}: {key} is {str(names)[:80]!r}; it must be a list of names")

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from phi3v.credentials import holds_secret
+from phi3v.credentials import secret_in
 from phi3v.errors import ConfigError
 from phi3v.settings.words import FALSE, TRUE, shown, suggestion
 
@@ -141,10 +141,11 @@ class Setting:
                 value = word
             elif word in TRUE + FALSE:
                 value = word in TRUE
-        elif isinstance(raw, str | os.PathLike) and holds_secret(os.fspath(raw)):
+        elif isinstance(raw, str | os.PathLike) and (sign := secret_in(os.fspath(raw))) is not None:
             raise ConfigError(
-                f"{self.name} holds a password or an access token, and a run writes its configuration down. Take it "
-                "out: the hub's token is read from HF_TOKEN or from `hf auth login`, W&B's from WANDB_API_KEY"
+                f"{self.name} holds a password or an access token (known {sign}), and a run writes its configuration "
+                "down. Take it out: the hub's token is read from HF_TOKEN or from `hf auth login`, W&B's from "
+                "WANDB_API_KEY"
             )
         elif self.kind is Path:
             value = expand_home(raw) if isinstance(raw, str | os.PathLike) else None

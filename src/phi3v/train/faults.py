@@ -1,6 +1,5 @@
 """What ends a run from outside, in words that say what to do: a full disk, a process that died, an image that went."""
 
-import errno
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -11,11 +10,8 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from phi3v.errors import CapacityError, DataError, Phi3VError, StoppedError
+from phi3v.files import is_full_disk
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space on the disk, none left of the user's share of it, or a file over the largest size that is allowed."""
-
-_FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 _HANDED_ON = re.compile(r"\ACaught \w+ in DataLoader worker process .*\n[\w.]+Error: ", re.DOTALL)
 _OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|NCCL.*out of memory|cublas.*ALLOC_FAILED", re.IGNORECASE | re.DOTALL)
@@ -73,8 +69,7 @@ def _explanation(error: OSError | SafetensorError | RuntimeError) -> tuple[type[
             "full: both may be changed in a run that goes on. More GPUs with parallel fsdp2, or method lora or qlora, "
             "need less on each."
         )
-    is_full = error.errno in FULL_DISK if isinstance(error, OSError) else bool(_FULL_DISK_TEXT.search(text))
-    if is_full:
+    if is_full_disk(error):
         return CapacityError, f"the disk is full: {text}. Make room, and start the same command again."
     if isinstance(error, DeadWorkerError) or (isinstance(error, RuntimeError) and _DEAD_WORKER.search(text)):
         return Phi3VError, (

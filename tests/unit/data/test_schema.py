@@ -124,6 +124,9 @@ def line(*turns: Any, **keys: Any) -> str:
 
 BAD_LINES = {
     "cut JSON": (line(QA)[:-3], "broken JSON", "one object a line"),
+    "an array's first line": ("[", "broken JSON", "phi3v data convert"),
+    "an array on one line": ("[" + line(QA) + "]", "wrong type", "phi3v data convert"),
+    "LLaVA's tag": (line({**QA, "images": ["a"], "user": "<image>\nTotal?"}), "wrong image tags", "leave it out"),
     "not an object": ("[1, 2]", "wrong type", "an object with the keys id"),
     "a key twice": ('{"id": "s", "id": "t", "conversations": []}', "broken JSON", "Keep one"),
     "endless nesting": ("[" * 100_000, "broken JSON", "docs/data.md"),

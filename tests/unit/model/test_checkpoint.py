@@ -449,6 +449,14 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
             load("runs/of/mine/model")
 
 
+def test_a_name_beside_folders_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without asking the hub, which would be asked again and again where there is no network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"model runs/modle: no such folder"):
+        load_model("runs/modle")
+
+
 def test_a_damaged_folder_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "model")
     state = load_file(folder / "model.safetensors")

@@ -217,9 +217,18 @@ def test_a_library_that_an_adapter_names_is_not_imported(
 
 
 def test_patterns_that_never_end_are_not_tried(adapter: Path) -> None:
-    change(adapter / "adapter_config.json", target_modules="(([a-z0-9_.])+)+X")
-    with pytest.raises(CheckpointError, match=r"target_modules holds .* which is not a module's name"):
+    change(adapter / "adapter_config.json", exclude_modules="(([a-z0-9_.])+)+X")
+    with pytest.raises(CheckpointError, match=r"exclude_modules holds .* which is not a module's name"):
         load_model(adapter)
+
+
+@pytest.mark.parametrize("pattern", [r".*\.qkv_proj", "(([a-z0-9_.])+)+X", "(", "all-linear"])
+def test_a_pattern_of_target_modules_stands_for_what_it_found_and_is_not_run(adapter: Path, pattern: str) -> None:
+    ids = torch.tensor([[1, 32010, 29871, 13, 1170]])
+    with torch.no_grad():
+        expected = load_model(adapter)(ids).logits
+        change(adapter / "adapter_config.json", target_modules=pattern)
+        assert torch.equal(load_model(adapter)(ids).logits, expected)
 
 
 def test_an_adapter_on_an_adapter_is_refused(adapter: Path) -> None:
