@@ -232,7 +232,7 @@ def _put_adapter(base: Any, folder: Path) -> PeftModel:
         warnings.simplefilter("ignore", FutureWarning)
         settings = PeftConfig.from_pretrained(str(folder))
         if isinstance(settings, LoraConfig) and isinstance(settings.target_modules, str):
-            settings.target_modules = set(adapted_modules(folder))
+            settings.target_modules = adapted_modules(folder)
         model = PeftModel.from_pretrained(base, str(folder), config=settings)
     # PEFT leaves what the file lacks as it was initialised, and what it has too much of aside.
     stored = read_tensors([folder / ADAPTER_WEIGHTS]).keys()
