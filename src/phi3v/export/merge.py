@@ -7,7 +7,7 @@ from ..errors import CheckpointError
 from ..eval.downloads import local_folder
 from ..model.checkpoint import is_adapter, load_processor
 from .comparison import Comparison
-from .placing import placed_when_complete
+from .placing import placed_when_complete, require_free
 from .readings import choose_samples, read_folder
 from .trained import find_trained
 from .writing import write_and_compare
@@ -42,15 +42,17 @@ def merge_and_verify(
         ConfigError: no data to compare on, or ``output_dir`` is in use or cannot be written.
         CapacityError: too little disk space.
     """
-    if not is_adapter(local_folder(adapter)):
+    require_free(output_dir)
+    folder = Path(local_folder(adapter))
+    if not is_adapter(folder):
         raise CheckpointError(
             f"{adapter}: holds no adapter_config.json; merge takes an adapter folder such as RUN/model"
         )
-    trained = find_trained(adapter, base=base)
+    trained = find_trained(folder, base=base)
     files, image_dir = trained.samples_files(data, image_dir)
     processor = load_processor(trained.processor_folder)
     samples = choose_samples(processor, files, image_dir, num_samples)
-    with placed_when_complete(output_dir) as folder:
+    with placed_when_complete(output_dir) as written:
         return write_and_compare(
-            trained, processor, folder, samples=samples, dtype=dtype, read=read_folder, say=lambda text: None
+            trained, processor, written, samples=samples, dtype=dtype, read=read_folder, say=lambda text: None
         )

@@ -12,6 +12,26 @@ from ..errors import CapacityError, CheckpointError, ConfigError
 from ..files import is_full_disk
 
 
+def require_free(output_dir: Path) -> None:
+    """Makes sure that a complete folder may take a name: nothing is lost by it.
+
+    Args:
+        output_dir: not there, or an empty folder.
+
+    Raises:
+        ConfigError: it holds something, is the current working directory, or cannot be looked at.
+    """
+    with _as_config_error(output_dir, "nothing can be written there", "give another output folder"):
+        target = output_dir.resolve()
+        if not target.exists():
+            return
+        if not target.is_dir() or any(target.iterdir()):
+            raise ConfigError(f"{output_dir} is not empty; give another output folder")
+        # It is another folder of this name at the end, and whoever stands in the former one stands nowhere.
+        if Path.cwd() == target:
+            raise ConfigError(f"{output_dir} is the folder this runs in; give a new folder inside it")
+
+
 @contextmanager
 def placed_when_complete(output_dir: Path) -> Iterator[Path]:
     """Yields where to write a folder, which gets the name ``output_dir`` when the body has ended without an error.
@@ -21,44 +41,35 @@ def placed_when_complete(output_dir: Path) -> Iterator[Path]:
     interrupted is removed; what a killed process left there is removed by the next one for the same name.
 
     Args:
-        output_dir: not there, or an empty folder, which is replaced; a link to one stays a link.
+        output_dir: not there, or an empty folder, which is replaced at the end; a link to one stays a link.
 
     Raises:
         ConfigError: it holds something, or cannot be written or replaced (a mount point, for instance).
         CapacityError: the disk is full.
-        CheckpointError: the body could not write.
+        CheckpointError: the folder cannot be forced to the disk.
     """
+    require_free(output_dir)
     target = output_dir.resolve()
     workshop = target.with_name(f".{target.name}.exporting")
-    try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{output_dir} is not empty; give another output folder")
-        shutil.rmtree(workshop, ignore_errors=True)
+    shutil.rmtree(workshop, ignore_errors=True)
+    if target.exists():
+        # As a mount point cannot: tried with the folder itself, which stays as it is until the end.
+        with _as_config_error(output_dir, "cannot be replaced by a complete folder", "give a new folder inside it"):
+            target.rename(workshop)
+            workshop.rename(target)
+    with _as_config_error(output_dir, "nothing can be written there", "give another output folder"):
         workshop.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{output_dir}: nothing can be written there ({_reason(error)}); give another output folder"
-        ) from error
     try:
-        _take_away_empty(target, output_dir)
         folder = workshop / target.name
-        with _explained(output_dir):
-            yield folder
+        yield folder
+        with explained_writing(folder):
             _force_to_disk(folder)
-        _rename(folder, target, output_dir)
+        with _as_config_error(output_dir, "cannot be put in place", "give another output folder"):
+            with suppress(FileNotFoundError):
+                target.rmdir()
+            folder.rename(target)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _take_away_empty(target: Path, output_dir: Path) -> None:
-    """Removes the empty folder that a complete one replaces: where that fails, it fails before the work is done."""
-    try:
-        with suppress(FileNotFoundError):
-            target.rmdir()
-    except OSError as error:
-        raise ConfigError(
-            f"{output_dir}: cannot be replaced by a complete folder ({_reason(error)}); give a new folder inside it"
-        ) from error
 
 
 def _force_to_disk(folder: Path) -> None:
@@ -67,18 +78,17 @@ def _force_to_disk(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def _rename(folder: Path, target: Path, output_dir: Path) -> None:
-    try:
-        folder.rename(target)
-    except OSError as error:
-        raise ConfigError(
-            f"{output_dir}: cannot be put in place ({_reason(error)}); give another output folder"
-        ) from error
-
-
 @contextmanager
-def _explained(output_dir: Path) -> Iterator[None]:
-    """Turns what a library raises when it cannot write into an error that says what to do."""
+def explained_writing(folder: Path) -> Iterator[None]:
+    """Turns what a library raises when it cannot write into an error that says what to do.
+
+    Args:
+        folder: what is written; its name is shown.
+
+    Raises:
+        CapacityError: the disk is full.
+        CheckpointError: anything else about files.
+    """
     try:
         yield
     except Exception as error:
@@ -87,14 +97,18 @@ def _explained(output_dir: Path) -> Iterator[None]:
             raise
         if is_full_disk(error):
             raise CapacityError(
-                f"{output_dir} was not written: the disk is full ({error}). Make room, or choose an output folder on "
+                f"{folder.name} was not written: the disk is full ({error}). Make room, or choose an output folder on "
                 "another disk"
             ) from error
         raise CheckpointError(
-            f"{output_dir} was not written ({type(error).__name__}: {error}); try again, or choose an output folder on "
-            "another disk"
+            f"{folder.name} was not written ({type(error).__name__}: {error}); try again, or choose an output folder "
+            "on another disk"
         ) from error
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+@contextmanager
+def _as_config_error(output_dir: Path, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{output_dir}: {what} ({error.strerror or error}); {remedy}") from error

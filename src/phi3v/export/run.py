@@ -19,7 +19,7 @@ from .card import Exported, model_card
 from .comparison import ARITHMETIC, MOST_NEAR_TIE, MOST_OF_THE_EFFECT, MOST_ROUNDING, ROUNDINGS, Comparison
 from .hub import HubRepository
 from .layout import point_to_published_code
-from .placing import placed_when_complete
+from .placing import explained_writing, placed_when_complete, require_free
 from .readings import GREEDY_TOKENS, MOST_POSITIONS, Samples, choose_samples, encode_samples, read_in_fresh_process
 from .trained import find_trained
 from .writing import Say, write_and_compare
@@ -70,6 +70,7 @@ def export_model(
         Phi3VError: the upload failed; the folder stays.
     """
     disable_progress_bar()
+    require_free(output_dir)
     trained = find_trained(source, base=base, rope_mode=rope_mode)
     repository = HubRepository(push_to_hub, is_private=is_private) if push_to_hub else None
     files, image_dir = trained.samples_files(data, image_dir)
@@ -95,9 +96,13 @@ def export_model(
             use_auto_map=use_auto_map,
             comparison=comparison,
         )
-        write_atomically(folder / "README.md", model_card(trained, exported).encode())
+        card = model_card(trained, exported).encode()
+        with explained_writing(folder):
+            write_atomically(folder / "README.md", card)
         say("Hashing the files ...")
-        write_json(folder / CHECK_FILE, _check_record(folder, exported, samples, processor))
+        record = _check_record(folder, exported, samples, processor)
+        with explained_writing(folder):
+            write_json(folder / CHECK_FILE, record)
     say(f"{output_dir} is complete: {comparison}")
     if repository is not None:
         say(f"Uploading to {repository.repo_id} ...")

@@ -15,6 +15,7 @@ from ..model.placement import resolve_device
 from ..model.processing_phi3_v import Phi3VProcessor
 from .comparison import Comparison, compare_greedy, near_tie_of, relative_difference, tolerance_of
 from .layout import settle_rope_factors, settle_stop_tokens
+from .placing import explained_writing
 from .readings import (
     GREEDY_TOKENS,
     Readings,
@@ -97,8 +98,9 @@ def write_and_compare(
     settle_stop_tokens(model, processor)
     settle_rope_factors(model, written_mode)
     say(f"Writing {_name(saved_dtype)} weights ...")
-    save_model(model, processor, folder, max_shard_size=SHARD_SIZE)
-    prepare(folder)
+    with explained_writing(folder):
+        save_model(model, processor, folder, max_shard_size=SHARD_SIZE)
+        prepare(folder)
     noise = torch.zeros(1)
     if rounded:
         say("Measuring what rounding does to this model ...")

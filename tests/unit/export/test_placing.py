@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from phi3v.errors import CapacityError, CheckpointError, ConfigError
-from phi3v.export.placing import placed_when_complete
+from phi3v.export.placing import explained_writing, placed_when_complete
 
 
 def write(folder: Path) -> None:
@@ -56,11 +56,11 @@ def test_what_cannot_be_written_or_replaced_is_told_before_the_work(
         with pytest.raises(ConfigError, match=told), placed_when_complete(place):
             pytest.fail("the work was done")
 
-    def busy(folder: Path) -> None:
+    def busy(folder: Path, target: Path) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
 
     (tmp_path / "mounted").mkdir()
-    monkeypatch.setattr(Path, "rmdir", busy)
+    monkeypatch.setattr(Path, "rename", busy)
     with pytest.raises(ConfigError, match="new folder inside it"), placed_when_complete(tmp_path / "mounted"):
         pytest.fail("the work was done")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mounted"]
@@ -74,6 +74,31 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
 
 
+def test_an_empty_folder_stays_where_nothing_completes(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    with pytest.raises(ValueError, match="a fault"), placed_when_complete(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
+        raise ValueError("a fault")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("place", [".", "..", "../../out"])
+def test_the_folder_it_runs_in_is_not_replaced(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "out" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    told = "the folder this runs in" if place == "." else "is not empty"
+    with pytest.raises(ConfigError, match=told), placed_when_complete(Path(place)):
+        pytest.fail("the work was done")
+    assert here.is_dir() and Path.cwd() == here
+
+
+def test_only_what_writes_is_said_not_to_have_been_written(tmp_path: Path) -> None:
+    """Another OSError of the body, such as one of reading the base, is not about the folder."""
+    with pytest.raises(FileNotFoundError, match="weights"), placed_when_complete(tmp_path / "out"):
+        (tmp_path / "weights").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("failure", "kind"),
     [
@@ -85,5 +110,5 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> N
     ],
 )
 def test_why_it_was_not_written_is_told(failure: Exception, kind: type[Exception], tmp_path: Path) -> None:
-    with pytest.raises(kind, match=r"out was not written.*on another disk"), placed_when_complete(tmp_path / "out"):
+    with pytest.raises(kind, match=r"out was not written.*on another disk"), explained_writing(tmp_path / "out"):
         raise failure
