@@ -42,10 +42,11 @@ def _is_own_program() -> bool:
     """
     program = Path(sys.argv[0])
     is_command = program.stem == "phi3v" or program.match("phi3v/__main__.py")
-    # Launchers put options before -m. Processes that the command starts are told its sys.argv.
-    if is_command or ("-m", "phi3v") in pairwise(sys.orig_argv):
+    # While Python looks for ``-m phi3v``, with whatever options before it, the program's name is not known yet.
+    # Processes that the command starts are told its sys.argv.
+    if is_command or (sys.argv[0] == "-m" and ("-m", "phi3v") in pairwise(sys.orig_argv)):
         return True
-    if program.absolute().parent == Path(__file__).parents[2] / "recipes":
+    if program.is_file() and program.absolute().parent == Path(__file__).parents[2] / "recipes":
         return True
     return "multiprocessing.process" in sys.modules and import_module("phi3v.data.processes").is_worker()
 

@@ -161,8 +161,8 @@ def configuration(
     values: dict[str, object] = {
         "model": flags.model_name_or_path,
         # As lists in brackets: a comma in a folder's name would part one without.
-        "train_data": json.dumps([str(flags.data_dir / f"{recipe.name}_train.jsonl")]),
-        "eval_data": json.dumps([str(flags.data_dir / f"{recipe.name}_val.jsonl")]),
+        "train_data": json.dumps([str(flags.data_dir / f"{recipe.name}_train.jsonl")], ensure_ascii=False),
+        "eval_data": json.dumps([str(flags.data_dir / f"{recipe.name}_val.jsonl")], ensure_ascii=False),
         "image_dir": flags.data_dir / "images",
         "output_dir": flags.output_dir,
         "num_crops": flags.num_crops,

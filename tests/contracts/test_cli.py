@@ -78,22 +78,25 @@ def test_help_answers_at_once_and_imports_nothing_heavy(command: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("program", "is_own"),
+    ("program", "command", "is_own"),
     [
-        ("/usr/bin/phi3v", True),
-        ("/somewhere/phi3v/__main__.py", True),
-        (str(RECIPES / "finetune_hf_trainer_nlvr2.py"), True),
-        ("/mine/recipes/finetune_hf_trainer_nlvr2.py", False),
-        ("train.py", False),
-        ("", False),
+        ("/usr/bin/phi3v", "phi3v train", True),
+        ("/somewhere/phi3v/__main__.py", "python -m phi3v", True),
+        ("-m", "python -m phi3v", True),
+        ("-m", "python -u -m phi3v train", True),  # as torchrun starts it
+        (str(RECIPES / "finetune_hf_trainer_nlvr2.py"), "python x.py", True),
+        ("/mine/recipes/finetune_hf_trainer_nlvr2.py", "python x.py", False),
+        (str(RECIPES / "-c"), "python -c pass", False),
+        ("train.py", "python train.py -m phi3v", False),
+        ("", "python", False),
     ],
 )
 def test_only_our_own_programs_leave_the_registration_for_later(
-    monkeypatch: pytest.MonkeyPatch, program: str, is_own: bool
+    monkeypatch: pytest.MonkeyPatch, program: str, command: str, is_own: bool
 ) -> None:
     """``import phi3v`` in anyone else's program makes the Auto classes know the model."""
     monkeypatch.setattr(sys, "argv", [program])
-    monkeypatch.setattr(sys, "orig_argv", [sys.executable, program])
+    monkeypatch.setattr(sys, "orig_argv", command.split())
     assert phi3v._is_own_program() == is_own
 
 

@@ -89,6 +89,7 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--use_lora --freeze_vision_model", {"method": "lora", "frozen_parts": ("vision", "projector")}),
     ("--no-tqdm", {"progress": False}),
     ("--data_dir elsewhere", {"train_data": [Path("elsewhere/nlvr2_train.jsonl")]}),
+    ("--data_dir \U0001f333", {"train_data": [Path("\U0001f333/nlvr2_train.jsonl")]}),
     ("--data_dir a,b", {"train_data": [Path("a,b/nlvr2_train.jsonl")], "eval_data": [Path("a,b/nlvr2_val.jsonl")]}),
     ("--save_steps 7", {"save_steps": 7}),
 ]

@@ -192,8 +192,12 @@ class RunDirectory:
     def write_audit(self, audit: Mapping[str, Any]) -> None:
         write_json(self.audit_path, audit)
 
-    def write_best(self, best: Mapping[str, Any]) -> None:
-        write_json(self.best_path, best)
+    def write_best(self, best: Mapping[str, Any] | None) -> None:
+        """Writes ``best.json``; None removes it."""
+        if best is None:
+            self.best_path.unlink(missing_ok=True)
+        else:
+            write_json(self.best_path, best)
 
     def truncate_after(self, step: int) -> None:
         """Takes the logs back to ``step``, so that a resumed run's end up equal to an uninterrupted run's.

@@ -233,7 +233,7 @@ def commit_checkpoint(room: Room, step: int, lost: Collection[int]) -> None:
 
 
 def note_best(room: Room, log_history: Sequence[Mapping[str, Any]], lost: Collection[int]) -> Best | None:
-    """Writes ``best.json``, on the writing process; returns the best score if the run keeps it.
+    """Brings ``best.json`` up to date, on the writing process; returns the best score if the run keeps it.
 
     Args:
         room: of the run.
@@ -241,8 +241,8 @@ def note_best(room: Room, log_history: Sequence[Mapping[str, Any]], lost: Collec
         lost: as in ``Start``.
     """
     best = best_of(log_history, lost) if keeps_best(room.config) else None
-    if best is not None and room.is_writer:
-        room.run.write_best({"step": best.step, "score": best.score, "metric": room.config.eval_metric})
+    if room.is_writer:
+        room.run.write_best(None if best is None else best.record(room.config.eval_metric))
     return best
 
 

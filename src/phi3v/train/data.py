@@ -86,19 +86,25 @@ class Sharing:
     saving: Saving
 
 
-def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, args: TrainingArguments) -> CheckedData:
+def check_data(
+    config: TrainConfig,
+    processor: Phi3VProcessor,
+    record: Path,
+    args: TrainingArguments,
+    kept_sharing: int | None = None,
+) -> CheckedData:
     """Opens and checks the run's samples.
 
     The first process checks, and tells the others which samples stay out and what the others cost. A later start with
-    the same samples and settings takes the findings from ``record`` and opens no image. So it does with the choice of
-    ``shared_questions``, which decides about the order of the samples and is made from settings that a resume may
-    change.
+    the same samples and settings takes the findings from ``record`` and opens no image.
 
     Args:
         config: data files and what to do about bad samples.
         processor: gives the lengths.
         record: JSON file for the findings; ``COSTS_FILE`` lies beside it.
         args: says which process this is.
+        kept_sharing: what ``shared_questions`` came to in the run that goes on; None: chosen anew. The first process's
+            counts.
 
     Raises:
         ConfigError: ``config.eval_labels`` is no closed set of answers.
@@ -113,28 +119,29 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
     )
     train = ConversationDataset(config.train_data, config.image_dir)
     evaluation = ConversationDataset(config.eval_data, config.image_dir) if config.eval_data else None
-    findings: list[Any] = [{}, b""]
+    findings: list[Any] = [{}, b"", 1]
     if args.process_index == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         costs_file = record.with_name(COSTS_FILE)
         known_costs = costs_file.read_bytes() if costs_file.is_file() else b""
         found_train, costs = _check_train(train, encoder, config, known.get("train"), known_costs)
-        short_positions = model.original_max_position_embeddings
-        found = {
-            "train": found_train,
-            "sharing": _find_sharing(config, found_train, costs, short_positions, args.world_size, known),
-        }
+        found = {"train": found_train}
         if evaluation is not None:
             found["eval"] = _check_eval(evaluation, SampleEncoder(processor), config, known.get("eval"))
         if costs != known_costs:
             write_atomically(costs_file, costs)
         if found != known:
             write_json(record, found)
-        findings = [found, costs]
+        shared_questions = config.shared_questions or kept_sharing
+        if shared_questions is None:
+            shared_questions = _choose_sharing(
+                config, SampleCosts.from_bytes(costs), model.original_max_position_embeddings, args.world_size
+            )
+        findings = [found, costs, shared_questions]
     if args.world_size > 1:
         broadcast_object_list(findings)
-    found, costs = findings
+    found, costs, shared_questions = findings
     train.leave_out(found["train"]["left_out"])
     if evaluation is not None:
         evaluation.leave_out(found["eval"]["left_out"])
@@ -147,7 +154,7 @@ def check_data(config: TrainConfig, processor: Phi3VProcessor, record: Path, arg
         evaluation,
         encoder,
         SampleCosts.from_bytes(costs),
-        found["sharing"]["shared_questions"],
+        shared_questions,
         args.world_size,
         {
             name: {**found[name]["summary"], "image_dirs": dataset.image_dirs}
@@ -236,31 +243,6 @@ def planned_saving(
         shared_crops=round(whole.crops * shared_crops / crops) if crops else 0,
         is_exact=num_steps == len(windows),
     )
-
-
-def _find_sharing(
-    config: TrainConfig,
-    found_train: dict[str, Any],
-    costs: bytes,
-    short_positions: int,
-    num_ranks: int,
-    known: dict[str, Any],
-) -> dict[str, Any]:
-    """Returns how many samples are trained side by side, and what that was chosen for; an old choice if for the same.
-
-    Budgets and the number of processes are not among it: a resume may change them, and must find its order again.
-    """
-    question = {
-        "fingerprint": found_train["question"]["fingerprint"],
-        "left_out": found_train["left_out"],
-        "batch_size": config.batch_size,
-        "sampling": config.sampling,
-        "shared_questions": config.shared_questions,
-    }
-    if "sharing" in known and known["sharing"]["question"] == question:
-        return known["sharing"]
-    most = config.shared_questions or _choose_sharing(config, SampleCosts.from_bytes(costs), short_positions, num_ranks)
-    return {"question": question, "shared_questions": most}
 
 
 def _choose_sharing(config: TrainConfig, costs: SampleCosts, short_positions: int, num_ranks: int) -> int:

@@ -31,6 +31,7 @@ from phi3v.train.audit import audit
 from phi3v.train.callbacks.milestones import LateScore
 from phi3v.train.checkpoints.identity import identify
 from phi3v.train.checkpoints.rehearsal import rehearse_saving, require_disk_space
+from phi3v.train.checkpoints.state import gather
 from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.checkpoints.weights import restore_weights
 from phi3v.train.data import check_data, choose_sharing
@@ -53,7 +54,15 @@ from phi3v.train.room import (
     training_samples,
 )
 from phi3v.train.scores import SCORE_KEY
-from phi3v.train.start import RESULT_FILE, Start, best_whole, decide_start, refuse_existing_run, sole_writer
+from phi3v.train.start import (
+    RESULT_FILE,
+    Start,
+    best_whole,
+    decide_start,
+    kept_sharing,
+    refuse_existing_run,
+    sole_writer,
+)
 from phi3v.train.stopping import Stop
 from phi3v.train.tuning import (
     IMAGE_PARTS,
@@ -94,7 +103,8 @@ def run_training(config: TrainConfig) -> Path:
             refuse_existing_run(config, run, store)
         refuse_adapter(config)
         processor = load_processor(config.model, num_crops=config.num_crops)
-        data = check_data(config, processor, store.root / CHECK_FILE, args)
+        kept = kept_sharing(run, store) if args.process_index == 0 else None
+        data = check_data(config, processor, store.root / CHECK_FILE, args, kept)
         model_config = load_config(config.model)
         short_positions = model_config.original_max_position_embeddings
         sharing = choose_sharing(config, data, short_positions)
@@ -108,6 +118,7 @@ def run_training(config: TrainConfig) -> Path:
         identity = identify(
             config,
             precision=precision.name,
+            shared_questions=sharing.shared_questions,
             train_fingerprint=data.train.fingerprint(),
             eval_fingerprint=None if data.eval is None else data.eval.fingerprint(),
             world_size=args.world_size,
@@ -136,7 +147,7 @@ def run_training(config: TrainConfig) -> Path:
             if start.result_step is None:
                 prepare(room, model, scorer, start)
                 model, result_step = train(room, model, scorer, start, stop, cache)
-                is_rounded = round_to_base(model, config)
+                is_rounded = (room.is_writer or scorer is not None) and round_to_base(model, config)
                 save_result(room, model, result_step)
             else:
                 result_step = start.result_step
@@ -215,7 +226,7 @@ def build_scorer(room: Room, stop: Stop) -> Scorer | None:
 def prepare(room: Room, model: Model, scorer: Scorer | None, start: Start) -> None:
     """Does before the first step what would hurt most to find out later: audit, rehearsal, first score."""
     is_scored = scorer is not None and room.config.eval_before
-    whole = on_device(room, model) if room.is_writer or is_scored else model
+    whole = on_device(room, model) if room.is_writer or (is_scored and not start.has_first_score) else model
     if room.is_writer:
         batch = audit_batch(room)
         found = audit(whole, batch.to(room.args.device), room.config, room.precision)
@@ -243,6 +254,8 @@ def train(
 ) -> tuple[Model, int]:
     """Runs the optimizer steps that are left; returns a model with the weights to keep, and their step.
 
+    Processes that neither write nor score get back what is left of a model that was shared out.
+
     Raises:
         StoppedError: the run was asked to stop; the last step's checkpoint is there.
     """
@@ -262,14 +275,18 @@ def train(
         if stop.is_agreed:
             raise StoppedError(f"the run was asked to stop, and did after step {last_step}")
         if (weights := trainer.engine.weights(has_frozen=False)) is not None:
-            model = whole_model(room, weights, room.precision, home_of(room.config, room.args.device))
+            if room.is_writer or scorer is not None:
+                model = whole_model(room, weights, room.precision, home_of(room.config, room.args.device))
+            else:
+                gather(weights, keeps=False)  # all processes go through them together
         trainer.engine.close()
     if not keeps_best(room.config):
         return model, last_step
-    found = [best_whole(history, room.store, start.lost, last=last_step)[0] if room.is_writer else None]
+    found = [best_whole(history, room.store, start.lost, last=last_step) if room.is_writer else (None, frozenset())]
     if room.args.world_size > 1:
         broadcast_object_list(found)
-    (best,) = found
+    ((best, lost),) = found
+    note_best(room, history, lost)
     if best is None or best.step == last_step:
         return model, last_step
     logger.info("The result is step %d, whose score was the best: %.4f.", best.step, best.score)

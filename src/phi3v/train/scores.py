@@ -13,6 +13,10 @@ class Best(NamedTuple):
     step: int
     score: float
 
+    def record(self, metric: str) -> dict[str, Any]:
+        """Returns what ``best.json`` holds."""
+        return {"step": self.step, "score": self.score, "metric": metric}
+
 
 def scores_in(log_history: Iterable[Mapping[str, Any]]) -> list[Best]:
     """Returns the mid-run scores of a run's log history, in order."""

@@ -35,12 +35,14 @@ class Start:
         checkpoint: the newest complete one; None: training starts at step 0.
         result_step: the step whose weights lie in ``RUN/model``; None while there is no result.
         is_scored: whether the result's score is there too, or not asked for.
+        has_first_score: whether the score from before training is on record.
         lost: steps with a score whose checkpoint is no longer there or damaged: none of them can be the result.
     """
 
     checkpoint: Checkpoint | None = None
     result_step: int | None = None
     is_scored: bool = False
+    has_first_score: bool = False
     lost: frozenset[int] = frozenset()
 
     @property
@@ -152,10 +154,11 @@ def decide_start(config: TrainConfig, run: RunDirectory, store: CheckpointStore,
     else:
         run.clear_logs()
     write_json(place, identity)
-    if checkpoint is None or not keeps_best(config):
-        return Start(checkpoint=checkpoint)
-    _, lost = best_whole(Start(checkpoint).log_history(), store)
-    return Start(checkpoint=checkpoint, lost=lost)
+    best, lost = None, frozenset[int]()
+    if checkpoint is not None and keeps_best(config):
+        best, lost = best_whole(Start(checkpoint).log_history(), store, last=checkpoint.step)
+    run.write_best(None if best is None else best.record(config.eval_metric))
+    return Start(checkpoint=checkpoint, has_first_score=run.evaluation("before") is not None, lost=lost)
 
 
 def _unknown_run(run: RunDirectory) -> CheckpointError:
@@ -163,6 +166,19 @@ def _unknown_run(run: RunDirectory) -> CheckpointError:
         f"{run.path} holds a run, but not the {IDENTITY_FILE} and {RESULT_FILE} that say which; use another "
         "output_dir, or delete it"
     )
+
+
+def kept_sharing(run: RunDirectory, store: CheckpointStore) -> int | None:
+    """Returns what ``shared_questions`` came to in the run that the directory holds; None where nothing goes on.
+
+    It decides the order of the samples, and where the configuration leaves it open, is chosen from settings that a
+    resume may change.
+    """
+    identity = store.newest_identity()
+    path = run.path / IDENTITY_FILE
+    if identity is None and path.is_file() and (run.model_dir.is_dir() or run.steps()):
+        identity = _read(path)
+    return None if identity is None else identity["decides"].get("shared_questions")
 
 
 def best_whole(
@@ -180,13 +196,14 @@ def best_whole(
         lost: steps that are known to have none.
         last: a step that needs no checkpoint, for its weights are at hand.
     """
+    passed_over: list[Best] = []
     while (best := best_of(log_history, lost)) is not None and best.step != last and not store.is_whole(best.step):
-        logger.warning(
-            "The checkpoint of step %d, whose score %.4f is the best, is gone or damaged: the next best one counts.",
-            best.step,
-            best.score,
-        )
+        passed_over.append(best)
         lost |= {best.step}
+    if passed_over:
+        named = ", ".join(f"{one.step} ({one.score:.4f})" for one in passed_over)
+        counts = "no score counts" if best is None else f"the best that counts is step {best.step}'s, {best.score:.4f}"
+        logger.warning("Scores whose checkpoint is not there or damaged: of step %s; %s.", named, counts)
     return best, lost
 
 

@@ -50,10 +50,12 @@ def config(tiny_dir: Path, data: Path, tmp_path: Path) -> Callable[..., TrainCon
 def check(tmp_path: Path) -> Callable[..., CheckedData]:
     """Checks a run's data, as the only process or one of several, with its findings beside the test's files."""
 
-    def run(config: TrainConfig, processor: Any = None, num_ranks: int = 1) -> CheckedData:
+    def run(
+        config: TrainConfig, processor: Any = None, num_ranks: int = 1, kept_sharing: int | None = None
+    ) -> CheckedData:
         processor = processor or load_processor(config.model, num_crops=config.num_crops)
         args: Any = SimpleNamespace(process_index=0, world_size=1)
-        return check_data(config, processor, tmp_path / "record" / "data-check.json", args)
+        return check_data(config, processor, tmp_path / "record" / "data-check.json", args, kept_sharing)
 
     return run
 
@@ -118,7 +120,9 @@ def test_a_resume_with_other_budgets_finds_its_order_again(
         batch_size = 13 if first else 12
         chosen = check(config(batch_size=batch_size, micro_batch_size=first)).shared_questions
         assert chosen == (1 if first else 8)
-        assert check(config(batch_size=batch_size, micro_batch_size=then)).shared_questions == chosen
+        resumed = config(batch_size=batch_size, micro_batch_size=then)
+        assert check(resumed, kept_sharing=chosen).shared_questions == chosen
+        assert check(resumed).shared_questions != chosen
 
 
 def test_findings_are_those_of_the_model_at_hand(

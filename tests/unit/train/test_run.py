@@ -196,7 +196,8 @@ def test_a_best_checkpoint_that_is_damaged_is_not_the_result(
     scripted([0.9, 0.6, 0.3])
     with caplog.at_level(logging.WARNING):
         run_training(settings)
-    assert "checkpoint of step 1, whose score 0.9000 is the best, is gone or damaged" in caplog.text
+    assert "not there or damaged: of step 1 (0.9000); the best that counts is step 2's, 0.6000" in caplog.text
+    assert path.best() == {"step": 2, "score": 0.6, "metric": "accuracy"}
     weights = load_file(path.checkpoints_dir / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(tensor, weights[name].to(tensor.dtype)) for name, tensor in final_weights(path.path).items())
 

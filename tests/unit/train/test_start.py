@@ -13,7 +13,7 @@ from phi3v.files import write_json
 from phi3v.runlog import RunDirectory
 from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.scores import SCORE_KEY
-from phi3v.train.start import IDENTITY_FILE, RESULT_FILE, Start, best_whole, decide_start
+from phi3v.train.start import IDENTITY_FILE, RESULT_FILE, Start, best_whole, decide_start, kept_sharing
 
 IDENTITY: dict[str, Any] = {"decides": {"learning_rate": 1.0}, "rounds": {}}
 OTHER: dict[str, Any] = {"decides": {"learning_rate": 2.0}, "rounds": {}}
@@ -36,13 +36,15 @@ class Directory:
         write_json(self.run.path / RESULT_FILE, {"step": step})
         self.run.model_dir.mkdir()
 
-    def checkpoint(self, step: int, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def checkpoint(
+        self, step: int, history: Sequence[Mapping[str, Any]] = (), identity: dict[str, Any] = IDENTITY
+    ) -> None:
         staged = self.store.staging / f"checkpoint-{step}"
         (staged / "training").mkdir(parents=True)
         write_json(staged / "training" / "state.json", {})
         state = {"global_step": step, "max_steps": 9, "log_history": list(history)}
         write_json(staged / "trainer_state.json", state)
-        self.store.commit(step, IDENTITY)
+        self.store.commit(step, identity)
 
 
 @pytest.fixture
@@ -112,6 +114,17 @@ def test_scores_without_a_whole_checkpoint_are_lost(tmp_path: Path, caplog: pyte
     assert best is not None and best.step == 2 and lost == {1, 3}
     best, lost = best_whole(SCORES, directory.store, last=1)
     assert best is not None and best.step == 1 and lost == frozenset()
+
+
+def test_the_choice_of_sharing_is_the_runs_that_goes_on(directory: Directory) -> None:
+    shared = {**IDENTITY, "decides": {"shared_questions": 8}}
+    assert kept_sharing(directory.run, directory.store) is None
+    directory.decide(shared)
+    assert kept_sharing(directory.run, directory.store) is None  # nothing is trained yet
+    directory.run.append_step({"step": 1, "loss": 1.0})
+    assert kept_sharing(directory.run, directory.store) == 8
+    directory.checkpoint(2, identity={**IDENTITY, "decides": {"shared_questions": 4}})
+    assert kept_sharing(directory.run, directory.store) == 4
 
 
 def test_scores_are_not_looked_at_where_none_is_kept(tmp_path: Path) -> None:

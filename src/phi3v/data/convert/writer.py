@@ -23,7 +23,9 @@ OnBadSample = Literal["error", "skip"]
 MAX_LISTED_PROBLEMS = 10
 """Bad records that a summary names; the others are counted."""
 
-_SPLIT_FILE = r"_[^_]+(_unseen)?\.jsonl"
+_SPLIT_FILE = r"_((?:train|val|test)(?:_unseen)?)\.jsonl"
+"""Behind the data set's name: what conversions call their splits. Other files in the folder are somebody's own."""
+
 _KEY_BYTES = 8
 
 
@@ -113,6 +115,9 @@ class NativeWriter:
         if self._lock is not None:  # else they may be a conversion's that is still going
             for left in self.output_dir.glob(f".{glob.escape(self.name)}_*.writing"):
                 left.unlink()
+            if not self.image_dir.is_symlink():
+                for left in self.image_dir.rglob(".*.writing"):
+                    left.unlink()
         return self
 
     def __exit__(
@@ -151,17 +156,21 @@ class NativeWriter:
             temporary.replace(self.conversion.files[split])
 
     def _compare_with_others(self) -> None:
-        """Notes the files of splits that this conversion did not write, and refuses those that share samples with it.
+        """Notes the files of splits that this conversion did not write, and refuses what would leak out of training.
 
         Raises:
-            DataError: the same sample would stand in two splits.
+            DataError: the same sample would stand in train and in another split.
         """
         files = set(self.conversion.files.values())
         name = re.compile(re.escape(self.name) + _SPLIT_FILE)
-        others = [path for path in self.output_dir.iterdir() if name.fullmatch(path.name) and path not in files]
-        for other in sorted(others):
+        for other in sorted(path for path in self.output_dir.iterdir() if path not in files):
+            match = name.fullmatch(other.name)
+            if match is None:
+                continue
             theirs = {key for sample in _samples_in(other) for key in _keys_of(sample)}
             for split, (_, temporary) in self._open.items():
+                if (split == "train") == (match.group(1) == "train"):
+                    continue  # sets to score may overlap: the seen and the unseen of Hateful Memes do
                 ours = _samples_in(temporary)
                 if same := next((one for one in ours if not theirs.isdisjoint(_keys_of(one))), None):
                     raise DataError(
@@ -297,8 +306,11 @@ def _whole(target: Path) -> Iterator[Path]:
     """Gives a file to write, which becomes ``target`` at the end of the block; its folder is made where missing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    yield temporary
-    temporary.replace(target)
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _lock_folder(folder: Path) -> int | None:

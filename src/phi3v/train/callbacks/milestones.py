@@ -25,7 +25,8 @@ class LogAtMilestones(TrainerCallback):
 class KeepBest(TrainerCallback):
     """Saves at every new best score; stops training when scores stay below the best for too long.
 
-    Both follow from the log history alone, which checkpoints hold: a resumed run decides as the uninterrupted one.
+    Both follow from the log history, which checkpoints hold: a resumed run decides as the uninterrupted one. Patience
+    counts all scores; what is saved counts those that could still be the result.
 
     Args:
         keep_best: whether a new best is saved.

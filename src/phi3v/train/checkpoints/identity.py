@@ -23,19 +23,27 @@ def _packages(config: TrainConfig) -> tuple[str, ...]:
 
 
 def identify(
-    config: TrainConfig, *, precision: str, train_fingerprint: str, eval_fingerprint: str | None, world_size: int
+    config: TrainConfig,
+    *,
+    precision: str,
+    shared_questions: int,
+    train_fingerprint: str,
+    eval_fingerprint: str | None,
+    world_size: int,
 ) -> dict[str, Any]:
     """Returns what a checkpoint remembers about its run, as JSON values.
 
     Args:
         config: the run's configuration.
         precision: the resolved one, for ``auto`` means another one on another machine.
+        shared_questions: the resolved one, for what is chosen depends on settings that a resume may change.
         train_fingerprint: of the training samples' content.
         eval_fingerprint: of the evaluation samples', if there are any.
         world_size: number of processes.
     """
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     values["precision"] = precision
+    values["shared_questions"] = shared_questions
     values["model"] = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     values["image_dir"] = None if config.image_dir is None else str(config.image_dir.resolve())
     values["freeze"] = sorted(config.freeze)

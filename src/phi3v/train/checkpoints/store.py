@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -123,6 +124,13 @@ class CheckpointStore:
         for step in sorted(self.steps(), reverse=True):
             if self.is_whole(step):
                 return Checkpoint(self.folder(step), step, _read_manifest(self.folder(step))["identity"])
+        return None
+
+    def newest_identity(self) -> dict[str, Any] | None:
+        """Returns what the newest checkpoint says of its run, not verified yet; None where none can be read."""
+        for step in sorted(self.steps(), reverse=True):
+            with suppress(OSError, ValueError, RecursionError, CheckpointError):
+                return _read_manifest(self.folder(step))["identity"]
         return None
 
     def is_whole(self, step: int) -> bool:

@@ -262,7 +262,7 @@ def _rounded_away(model: nn.Module, precision: str) -> dict[str, torch.Tensor]:
         return {}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return {
-        name: one.detach().cpu().clone()
+        name: one.detach().cpu()  # DeepSpeed gives the parameter other memory
         for name, one in model.named_parameters()
         if one.requires_grad and one.dtype == torch.float32 and not torch.equal(one.to(dtype).float(), one)
     }

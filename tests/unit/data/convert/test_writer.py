@@ -195,6 +195,17 @@ def test_other_splits_of_an_earlier_conversion_stay_and_are_told(tmp_path):
     assert before.items() <= contents(tmp_path).items()
 
 
+def test_sets_to_score_may_overlap_and_other_files_are_somebodys_own(tmp_path):
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("val", record("1", **SHOWN), where="val.csv:1")
+        writer.add("train", record("2"), where="train.csv:1")
+    (tmp_path / "trees_small.jsonl").write_bytes((tmp_path / "trees_train.jsonl").read_bytes())
+    with NativeWriter(tmp_path, "trees") as writer:
+        writer.add("val_unseen", record("1", **SHOWN), where="unseen.csv:1")
+        writer.add("train", record("2"), where="train.csv:1")
+    assert writer.conversion.others == [tmp_path / "trees_val.jsonl"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
 def test_a_second_conversion_at_the_same_time_is_refused_and_harms_nothing(tmp_path):
     with NativeWriter(tmp_path, "trees") as writer:

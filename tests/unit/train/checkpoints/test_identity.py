@@ -13,7 +13,14 @@ CONFIG = TrainConfig(model="m", output_dir=Path("r"), train_data=[Path("t.jsonl"
 
 
 def identity(config: TrainConfig = CONFIG, **changes: Any) -> dict[str, Any]:
-    facts = {"precision": "fp32", "train_fingerprint": "abc", "eval_fingerprint": None, "world_size": 1, **changes}
+    facts = {
+        "precision": "fp32",
+        "shared_questions": 1,
+        "train_fingerprint": "abc",
+        "eval_fingerprint": None,
+        "world_size": 1,
+        **changes,
+    }
     return identify(config, **facts)
 
 
@@ -70,7 +77,7 @@ def test_four_bits_depend_on_the_package_that_makes_them() -> None:
         ({"num_train_epochs": 2}, {}, "num_train_epochs"),
         ({"freeze": ["vision"]}, {}, "freeze"),
         ({"model": "other"}, {}, "model: m there, other now"),
-        ({"shared_questions": 4}, {}, "shared_questions: none there, 4 now"),
+        ({}, {"shared_questions": 4}, "shared_questions: 1 there, 4 now"),
         ({"fp8": True}, {}, "fp8"),
         ({}, {"train_fingerprint": "xyz"}, "training samples"),
         ({}, {"eval_fingerprint": "xyz"}, "evaluation samples"),
