@@ -138,6 +138,19 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 """Metric by name: a prediction and its accepted answers (at least one) to a score from 0 to 1."""
 
 
+def metric_named(name: str) -> Callable[[str, Sequence[str]], float]:
+    """Returns one of ``METRICS``.
+
+    Raises:
+        ConfigError: no metric of that name.
+    """
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METRICS)}"
+        raise ConfigError(f"there is no metric {name!r}; {hint}")
+    return METRICS[name]
+
+
 def score_predictions(
     metric: str,
     predictions: Sequence[str],
@@ -161,11 +174,7 @@ def score_predictions(
         ConfigError: no metric of that name.
         ValueError: not as many predictions as lists of answers, or a question without an answer.
     """
-    if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METRICS)}"
-        raise ConfigError(f"there is no metric {metric!r}; {hint}")
-    score_one = METRICS[metric]
+    score_one = metric_named(metric)
     values = [score_one(text, accepted) for text, accepted in zip(predictions, answers, strict=True)]
     low, high = bootstrap(values, seed=seed, confidence=confidence)
     mean = math.fsum(values) / len(values) if values else math.nan

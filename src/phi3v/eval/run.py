@@ -1,6 +1,5 @@
 """A model, a data set and a metric: a score with its interval, a report by class, and every prediction."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,15 @@ from ..config import EvalConfig
 from ..data.dataset import ConversationDataset, check_dataset
 from ..data.encode import SampleEncoder
 from ..errors import ConfigError
-from ..files import write_atomically, write_json, write_json_lines
+from ..files import json_line, write_atomically, write_json, write_json_lines
 from ..model.checkpoint import load_model, load_processor
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
+from ..runlog import RunDirectory
 from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
 from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
 from .downloads import local_folder
-from .metrics import METRICS, Score, score_predictions
+from .metrics import Score, metric_named, score_predictions
 from .origin import rope_mode_to_ask
 from .questions import check_labels
 
@@ -56,7 +56,7 @@ def evaluate_model(
     settings: EvalSettings,
     share: Share = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
-    keep: Callable[[dict[str, Any]], object] = lambda row: None,
+    keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> EvalResult:
     """Answers every question and scores the answers; arguments as in ``answer_questions``, but for ``keep``.
 
@@ -65,11 +65,17 @@ def evaluate_model(
 
     Args:
         keep: gets each row of this process as soon as its question is answered.
+
+    Raises:
+        ConfigError: no metric of that name; before anything is asked.
+        StoppedError: as ``answer_questions``.
     """
     started = time.monotonic()
+    score_one = metric_named(settings.metric)
 
     def keep_scored(one: Prediction) -> None:
-        keep(_row(one, METRICS[settings.metric](one.prediction, one.answers)))
+        if keep is not None:
+            keep(_row(one, score_one(one.prediction, one.answers)))
 
     predictions = answer_questions(model, processor, dataset, settings, share, should_stop, keep_scored)
     score, values = score_predictions(
@@ -108,18 +114,22 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
     order of the data.
 
     Raises:
-        ConfigError: the output folder already holds an evaluation or cannot be written, or the configured labels are no
-            closed set.
+        ConfigError: the output folder already holds an evaluation or a training run, or cannot be written, or the
+            configured labels are no closed set.
         DataError: bad samples, or questions without the labels that their scoring needs, before the model is loaded.
         CheckpointError: no model at that path.
     """
     output = Path(config.output_dir)
     if (output / "eval.json").exists():
         raise ConfigError(f"{output} already holds an evaluation (eval.json); give another output_dir")
+    if _is_run(RunDirectory(output)):
+        raise ConfigError(f"{output} is a training run's directory; give another output_dir, such as {output / 'eval'}")
     config = replace(config, rope_mode=rope_mode_to_ask(config.model, config.rope_mode))
     with _told_of(output):
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "config.yaml", config.to_yaml().encode())
+        # Those that an evaluation without an end left were not asked for as this file says now.
+        (output / "predictions.jsonl").unlink(missing_ok=True)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     folder = local_folder(config.model)
@@ -150,11 +160,12 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         progress=config.progress,
     )
     with _told_of(output):
-        answered = (output / "predictions.jsonl").open("w", encoding="utf-8")
+        # Without a buffer, which closing would write again where the disk was full.
+        answered = (output / "predictions.jsonl").open("wb", buffering=0)
 
     def keep(row: dict[str, Any]) -> None:
         with _told_of(output):
-            print(json.dumps(row), file=answered, flush=True)
+            answered.write(json_line(row))
 
     with answered:
         result = evaluate_model(model, processor, dataset, settings, keep=keep)
@@ -162,6 +173,10 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         write_json_lines(output / "predictions.jsonl", result.rows)
         write_json(output / "eval.json", {"scoring": config.scoring, **result.to_dict(), "skipped": summary.skipped})
     return result
+
+
+def _is_run(folder: RunDirectory) -> bool:
+    return folder.has_logs or folder.environment_path.exists() or folder.checkpoints_dir.exists()
 
 
 @contextmanager

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
 
 from phi3v.config import EvalConfig, load_config
-from phi3v.errors import ConfigError, DataError
-from phi3v.eval.run import run_evaluation
+from phi3v.data.dataset import ConversationDataset
+from phi3v.errors import CheckpointError, ConfigError, DataError
+from phi3v.eval.answer import EvalSettings
+from phi3v.eval.run import evaluate_model, run_evaluation
+from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 
 @pytest.fixture
@@ -118,6 +122,58 @@ def test_what_was_answered_before_a_kill_is_kept(config: EvalConfig, monkeypatch
     assert json.loads(line) in json.loads(json.dumps(whole))
     monkeypatch.undo()
     assert run_evaluation(config).rows == whole  # no score is there yet, so it may be taken again
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full")
+def test_a_full_disk_is_told_as_one(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if path.name == "predictions.jsonl" else path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ConfigError, match=r"output_dir .*out: cannot be written \(No space left on device\)"):
+        run_evaluation(config)
+
+
+def test_kept_answers_are_written_as_the_final_ones_are(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts as they are, and null for what is no number."""
+    from phi3v.eval import run
+
+    def one_row(*_: Any, keep: Callable[[dict[str, Any]], object], **__: Any) -> None:
+        keep({"prediction": "größe", "score": float("nan")})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "evaluate_model", one_row)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(config)
+    assert (config.output_dir / "predictions.jsonl").read_text("utf-8") == '{"prediction": "größe", "score": null}\n'
+
+
+def test_answers_to_an_earlier_configuration_do_not_stay(config: EvalConfig) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / "predictions.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError):
+        run_evaluation(replace(config, model="/nowhere"))
+    assert [file.name for file in config.output_dir.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("own", ["steps.jsonl", "environment.json", "checkpoints"])
+def test_a_training_runs_directory_is_not_written_into(config: EvalConfig, own: str) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / "config.yaml").write_text("method: full\n")
+    (config.output_dir / own).touch()
+    with pytest.raises(ConfigError, match=r"out is a training run's directory; give .*out/eval"):
+        run_evaluation(config)
+    assert (config.output_dir / "config.yaml").read_text() == "method: full\n"
+
+
+def test_a_metric_that_there_is_not_is_told_before_anything_is_asked(
+    config: EvalConfig, processor: Phi3VProcessor
+) -> None:
+    settings = EvalSettings(metric="anl", max_new_tokens=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="there is no metric 'anl'; did you mean anls"):
+        evaluate_model(None, processor, ConversationDataset(config.data, config.image_dir), settings)
 
 
 def label_data(config: EvalConfig, **more: object) -> None:
