@@ -1,6 +1,7 @@
 """The run that a model folder is the result of, and what it says about asking the model. No torch."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,17 +11,33 @@ from ..runlog import RunDirectory
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
 
 def run_of(folder: Path) -> RunDirectory | None:
     """Returns the run whose result a model folder is; None where that is not known.
 
-    A folder belongs to the run around it under its own name, ``RUN/model``, only: copies of it and checkpoints do not.
+    A folder belongs to the run around it under its own name, ``RUN/model``, only: copies of it do not, and checkpoints
+    are no result (see ``run_around``).
     """
     for place in (folder.absolute(), folder.resolve()):  # RUN/model may be a link, and a link may lead to RUN/model
         run = RunDirectory(place.parent)
         if folder.resolve() == run.model_dir.resolve() and run.config_path.is_file():
             return run
     return None
+
+
+def run_around(folder: Path) -> RunDirectory | None:
+    """Returns the run that wrote a model folder, ``RUN/model`` or ``RUN/checkpoints/checkpoint-N``; None if not known.
+
+    Its configuration says how the model was trained; of its scores those at the end are the result's alone.
+    """
+    for place in (folder.absolute(), folder.resolve()):
+        run = RunDirectory(place.parent.parent)
+        is_checkpoint = place.parent == run.checkpoints_dir and _CHECKPOINT.fullmatch(place.name) is not None
+        if is_checkpoint and run.config_path.is_file():
+            return run
+    return run_of(folder)
 
 
 def trained_rope_mode(run: RunDirectory, settings: dict[str, Any]) -> RopeMode | None:
@@ -49,13 +66,13 @@ def rope_mode_to_ask(model: str, asked: RopeMode) -> RopeMode:
 
     Args:
         model: folder or hub id.
-        asked: ``auto``: those of the run whose result the folder is, else by each sequence's own length; ``short`` and
-            ``long`` count as they are.
+        asked: ``auto``: those of the run whose result or checkpoint the folder is, else by each sequence's own length;
+            ``short`` and ``long`` count as they are.
 
     Raises:
         ConfigError: the run's ``config.yaml`` cannot be read.
     """
-    run = run_of(Path(model)) if asked == "auto" else None
+    run = run_around(Path(model)) if asked == "auto" else None
     if run is None:
         return asked
     mode = trained_rope_mode(run, run.config() or {}) or asked

@@ -169,9 +169,10 @@ def _loading(exported: Exported) -> str:
 def _serving(trained: Trained, exported: Exported) -> str:
     short = f"{exported.short_positions:,}"
     mode = exported.comparison.written_rope_mode
+    known = f" The model was trained with `rope_mode: {trained.rope_mode}`." if trained.is_rope_mode_known else ""
     if mode == "auto":
         text = (
-            f"LongRoPE: both factor sets are as published. The model was trained with `rope_mode: {trained.rope_mode}`."
+            f"LongRoPE: both factor sets are as published.{known}"
             f" phi3v chooses by each sequence's own length: short factors up to {short} positions, long ones beyond. "
             "The original's code chooses once a batch, vLLM once at start-up: short factors if `--max-model-len` is at "
             f"most {short}, else the long ones for every sequence."
@@ -190,8 +191,7 @@ def _serving(trained: Trained, exported: Exported) -> str:
     else:
         text = (
             f"LongRoPE: the {mode} factors stand in both places of `rope_scaling`, so that every loader "
-            "and every `--max-model-len` of vLLM uses them. The model was trained with "
-            f"`rope_mode: {trained.rope_mode}`."
+            f"and every `--max-model-len` of vLLM uses them.{known}"
         )
     needs = (
         "vLLM reads this folder as it reads the original, with `--trust-remote-code`"

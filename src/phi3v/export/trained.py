@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
 from ..eval.downloads import local_folder
-from ..eval.origin import run_of, trained_rope_mode
+from ..eval.origin import run_around, run_of, trained_rope_mode
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
 from ..model.folder import read_object
 from ..runlog import RunDirectory
@@ -34,7 +34,8 @@ class Trained:
     Attributes:
         folder: published layout, or a PEFT adapter.
         run: the run that it is the result of; None where that is not known.
-        settings: of that run, as its ``config.yaml`` says; empty without one.
+        settings: of the run that wrote it as its result or as a checkpoint, as its ``config.yaml`` says; empty where
+            that is not known.
         base: the unquantised base model under an adapter; None for a whole model.
         rope_mode: LongRoPE factors that it was trained with; ``auto`` where that is not known.
     """
@@ -44,6 +45,11 @@ class Trained:
     settings: dict[str, Any]
     base: str | None
     rope_mode: RopeMode
+
+    @property
+    def is_rope_mode_known(self) -> bool:
+        """Whether its run or the user said which LongRoPE factors it was trained with."""
+        return self.rope_mode != "auto" or self.settings.get("rope_mode") is not None
 
     @property
     def weights_folder(self) -> str:
@@ -108,17 +114,17 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
         raise CheckpointError(
             f"{source}: this run has no result yet (no model/ in it); end it with the same `phi3v train` command"
         )
-    run = run_of(folder)
-    settings = (run.config() or {}) if run else {}
+    writer = run_around(folder)
+    settings = (writer.config() or {}) if writer else {}
     adapter = is_adapter(folder)
     if base is not None and not adapter:
         raise ConfigError(f"--base {base}: {folder} is a whole model and stands on no other; leave --base out")
     return Trained(
         folder=folder,
-        run=run,
+        run=run_of(folder),
         settings=settings,
         base=(base or base_of_adapter(folder)) if adapter else None,
-        rope_mode=(trained_rope_mode(run, settings) if run else None) or rope_mode or "auto",
+        rope_mode=(trained_rope_mode(writer, settings) if writer else None) or rope_mode or "auto",
     )
 
 

@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_runs_own_model_folder_is_its_result_and_no_other(run: Path, tmp_path: Path) -> None:
-    for name in ("checkpoints/step-1", "copy"):
+    for name in ("checkpoints/checkpoint-1", "copy"):
         (run / name).mkdir(parents=True)
         assert run_of(run / name) is None
     (tmp_path / "link").symlink_to(run / "model")
@@ -43,6 +43,16 @@ def test_the_runs_factors_are_taken_unless_others_are_asked_for(run: Path, tmp_p
     (run / "config.yaml").write_text("rope_mode: [long]\n")
     with pytest.raises(ConfigError, match=r"config\.yaml: rope_mode is \"\['long'\]\""):
         rope_mode_to_ask(model, "auto")
+
+
+def test_a_checkpoint_is_asked_with_its_runs_factors(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "checkpoint-20")
+    for model in (run / "checkpoints" / "checkpoint-20", tmp_path / "link"):
+        assert rope_mode_to_ask(str(model), "auto") == "long"
+    for name in ("checkpoints/checkpoint-20.incomplete", "checkpoints/best", "copies/checkpoint-20"):
+        (run / name).mkdir(parents=True)
+        assert rope_mode_to_ask(str(run / name), "auto") == "auto"
 
 
 def test_one_question_is_answered_with_them_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

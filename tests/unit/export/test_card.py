@@ -115,6 +115,13 @@ def test_what_vllm_should_be_told_follows_from_the_longest_sample(
     assert told in card
 
 
+def test_how_it_was_trained_is_said_only_where_that_is_known(trained: Trained) -> None:
+    assert "was trained with `rope_mode: auto`" in model_card(trained, EXPORTED)
+    unknown = without_run(trained, None)
+    assert "was trained with" not in model_card(unknown, EXPORTED)
+    assert "was trained with `rope_mode: long`" in model_card(replace(unknown, rope_mode="long"), EXPORTED)
+
+
 @pytest.mark.parametrize("mode", ["short", "long"])
 def test_a_fixed_mode_needs_no_setting_of_the_server(mode: Any, trained: Trained) -> None:
     card = model_card(trained, replace(EXPORTED, comparison=replace(EXPORTED.comparison, written_rope_mode=mode)))

@@ -38,6 +38,15 @@ def test_the_run_knows_how_it_was_trained(lora_run: Path, tiny_dir: Path, tmp_pa
     assert find_trained(run).samples_files([Path("b.jsonl")], None) == ([Path("b.jsonl")], None)
 
 
+def test_a_checkpoint_has_its_runs_settings_but_is_not_its_result(lora_run: Path, tmp_path: Path) -> None:
+    """What the run says of its end, such as its scores, is not the checkpoint's."""
+    shutil.copytree(lora_run / "model", tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    (tmp_path / "run" / "config.yaml").write_text("rope_mode: short\ntrain_data: [a.jsonl]\n")
+    trained = find_trained(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    assert trained.run is None and trained.rope_mode == "short" and trained.is_rope_mode_known
+    assert trained.samples_files([], None) == ([Path("a.jsonl")], None)
+
+
 def test_what_cannot_be_exported_is_named(lora_run: Path, tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         find_trained(tmp_path / "nowhere")
