@@ -408,6 +408,23 @@ def test_a_change_between_packs_is_seen(trainable: Phi3VForCausalLM, change: Any
     assert_same(wrapped, pack)
 
 
+@pytest.mark.parametrize("is_packed_before", [False, True])
+def test_merged_adapters_that_are_disabled_are_refused(trainable: Phi3VForCausalLM, is_packed_before: bool) -> None:
+    """PEFT's own forward takes them out of the weights; the packed one would compute with them."""
+    wrapped = adapted(trainable)
+    pack = mixed_pack(trainable.config).packed()
+    wrapped.merge_adapter()
+    with torch.no_grad():
+        if is_packed_before:
+            wrapped(packed=pack)
+        with wrapped.disable_adapter():
+            with pytest.raises(ConfigError, match=r"call unmerge_adapter\(\) before disable_adapter"):
+                wrapped(packed=pack)
+            wrapped.unmerge_adapter()
+            expected = separate_loss(wrapped, mixed_pack(trainable.config))
+            assert float(wrapped(packed=pack).loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_weights_written_past_torch_are_seen_once_that_is_said(trainable: Phi3VForCausalLM) -> None:
     """Copies in 16 bit of float32 weights: nothing about a tensor tells a write through ``.data``."""
     pack = mixed_pack(trainable.config).packed()

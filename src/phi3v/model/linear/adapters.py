@@ -13,8 +13,19 @@ from .working_copies import WorkingCopies, stack, state_of
 
 
 def active_adapters(module: nn.Module | LoraLayer) -> list[str]:
-    """Names the adapters that a layer computes now: those of its own that are active, not disabled and not merged."""
-    if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+    """Names the adapters that a layer computes now: those of its own that are active, not disabled and not merged.
+
+    Raises:
+        ConfigError: disabled ones are merged into the weights, which PEFT's own forward would take out of them.
+    """
+    if not isinstance(module, LoraLayer):
+        return []
+    if module.disable_adapters and module.merged:
+        raise ConfigError(
+            "adapters are disabled, but merged into the weights that the packed forward computes with: call "
+            "unmerge_adapter() before disable_adapter()"
+        )
+    if module.disable_adapters or module.merged:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
 
