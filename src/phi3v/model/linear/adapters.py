@@ -31,9 +31,16 @@ def active_adapters(module: nn.Module | LoraLayer) -> list[str]:
 
 
 def adapters_key(module: nn.Module) -> Hashable:
-    """Returns what differs when a layer computes other adapters, or adapters of another kind."""
-    layer = cast(LoraLayer, module)
-    return tuple((name, _rank(layer, name), type(layer.lora_variant.get(name))) for name in active_adapters(module))
+    """Returns what differs when a layer computes other adapters, adapters of another kind, or merged ones.
+
+    PEFT merges through ``.data``, which nothing about the weight tells.
+    """
+    if not isinstance(module, LoraLayer):
+        return ()
+    computed = tuple(
+        (name, _rank(module, name), type(module.lora_variant.get(name))) for name in active_adapters(module)
+    )
+    return (*computed, *module.merged_adapters)
 
 
 class Adapter:
