@@ -31,6 +31,10 @@ OTHER_MODELS_FILES = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     "processor_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
 )
 """Files that loaders look for by themselves: one that an earlier upload left would be loaded instead of the new ones,
 or would put an adapter on them."""
@@ -65,8 +69,8 @@ class HubRepository:
     def upload(self, folder: Path, say: Callable[[str], None]) -> str:
         """Creates the repository where it is not there, and uploads every file of ``folder`` in one commit.
 
-        Weights, adapters and pointers to code of another model, which lie in an existing repository, are deleted in the
-        same commit; its history keeps them. Other files stay.
+        Weights, adapters, vocabularies, chat templates and pointers to code of another model, which lie in an existing
+        repository, are deleted in the same commit; its history keeps them. Other files stay.
 
         Args:
             folder: what to upload.

@@ -218,7 +218,8 @@ def check_adapter(folder: Path) -> None:
     """Looks through an adapter folder: LoRA matrices in a safetensors file, of the ranks that its settings say.
 
     Raises:
-        CheckpointError: another kind of adapter, patterns instead of names, a pickle, or ranks that do not match.
+        CheckpointError: another kind of adapter, patterns instead of names (but for ``target_modules``), a pickle, or
+            ranks that do not match.
     """
     file = folder / ADAPTER_CONFIG
     settings = read_object(file)

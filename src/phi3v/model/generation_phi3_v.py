@@ -19,8 +19,9 @@ _LONGEST = "_phi3v_longest_text"
 def note_positions_of_keys(cache: Cache, new: int) -> None:
     """Notes on a cache that can be cropped how long the text is that its next ``new`` keys are computed in."""
     if isinstance(cache, DynamicCache) and not torch.compiler.is_compiling():
-        length = int(cache.get_seq_length()) + new
-        vars(cache)[_LONGEST] = max(length, positions_of_keys(cache))
+        past = int(cache.get_seq_length())
+        earlier = positions_of_keys(cache) if past else 0  # an emptied cache holds no keys of the text before
+        vars(cache)[_LONGEST] = max(past + new, earlier)
 
 
 def positions_of_keys(cache: Cache) -> int:
@@ -75,9 +76,8 @@ class Phi3VGenerationMixin(GenerationMixin):
             next_sequence_length = None
             is_first_iteration = True
         elif cache is not None and past == 0 and inputs_embeds is None:
-            is_first_iteration = (
-                True  # an assistant's calls never are to transformers, which would leave the images out
-            )
+            # An assistant's calls never are to transformers, which would leave the images out.
+            is_first_iteration = True
         elif past and is_first_iteration and inputs_embeds is None and kwargs.get("image_sizes") is not None:
             kwargs |= self._images_behind(past, input_ids, new, kwargs)
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
@@ -114,15 +114,15 @@ class Phi3VGenerationMixin(GenerationMixin):
             ValueError: ids or images of earlier turns are not.
         """
         if input_ids.shape[1] < length:
-            missing = "ids"
+            missing = "ids of the whole conversation, in one piece without prefill_chunk_size"
         elif (input_ids == self.config.image_token_id).sum() > self.model.num_image_positions(image_sizes):
-            missing = "images"
+            missing = "images of the whole conversation"
         else:
             return
         raise ValueError(
             f"the text passes {self.config.original_max_position_embeddings} positions, or was cut back to fewer: "
             "LongRoPE's factors change there and everything is computed again. Give the "
-            f"{missing} of the whole conversation, or load the model with rope_mode short or long"
+            f"{missing}, or load the model with rope_mode short or long"
         )
 
     def _images_behind(

@@ -119,16 +119,16 @@ def test_every_file_arrives(hub: Hub, folder: Path) -> None:
     assert hub.files == {"me/mine": {file.name: file.read_bytes() for file in folder.iterdir()}}
     assert hub.private == {"me/mine": True} and hub.commits == 1
     (folder / "README.md").write_text("# Better\n")
-    HubRepository("me/mine", is_private=False).upload(
-        folder, print
-    )  # it is there: the files are replaced, it stays private
+    # It is there: the files are replaced, it stays private.
+    HubRepository("me/mine", is_private=False).upload(folder, print)
     assert hub.files["me/mine"]["README.md"] == b"# Better\n" and hub.private == {"me/mine": True}
 
 
 def test_what_loaders_would_mix_up_with_it_goes_away_in_the_same_commit(hub: Hub, folder: Path) -> None:
     kept = {"LICENSE", "card-picture.png", "checkpoints/model.safetensors", ".gitattributes", "[x].gguf"}
     stale = {"adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors",
-             "model.safetensors.index.json", "pytorch_model.bin", "processor_config.json"}  # fmt: skip
+             "model.safetensors.index.json", "pytorch_model.bin", "processor_config.json", "added_tokens.json",
+             "chat_template.jinja", "chat_template.json", "tokenizer.model"}  # fmt: skip
     hub.files["me/mine"] = dict.fromkeys([*kept, *stale, "weights.safetensors"], b"old")
     told: list[str] = []
     HubRepository("me/mine", is_private=False).upload(folder, told.append)

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from phi3v.model.cache_names import CACHE_NAME
 from phi3v.model.checkpoint import load_model
+from phi3v.model.generation_phi3_v import positions_of_keys
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -93,7 +94,6 @@ def test_drafts_after_left_padding(limited_model: Any) -> None:
 def test_a_draft_may_repeat_image_positions(tiny_model: Any, processor: Phi3VProcessor) -> None:
     """A look into the prompt copies what stands there; the model has to say whether it is right."""
     inputs = dict(processor([FIRST.replace("it", "it\n")], [pictures()[:1]]))
-    expected = generated(tiny_model, inputs, 20)
     newline = inputs["input_ids"][0, int((inputs["input_ids"][0] == 32044).nonzero()[0]) - 1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], newline[None, None]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -124,6 +124,21 @@ def test_a_cache_cropped_to_below_the_limit_goes_on(limited_model: Any, filled_b
     again = {"input_ids": inputs["input_ids"][:, : kept + 2]}
     expected = generated(limited_model, again, 30, use_cache=False)
     assert generated(limited_model, again, 30, **{CACHE_NAME: cache}) == expected
+
+
+def test_an_emptied_cache_is_as_a_new_one(limited_model: Any) -> None:
+    """What it held before, with the long factors, does not count."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        limited_model(**repeating(80), **{CACHE_NAME: cache})
+        cache.crop(-cache.get_seq_length())
+        limited_model(**repeating(30), **{CACHE_NAME: cache})
+    assert positions_of_keys(cache) == 30 == cache.get_seq_length()
+
+
+def test_a_prompt_in_chunks_across_the_limit_is_refused_by_its_setting(limited_model: Any) -> None:
+    with pytest.raises(ValueError, match="without prefill_chunk_size"):
+        limited_model.generate(**repeating(80), max_new_tokens=2, prefill_chunk_size=32)
 
 
 # --- later turns
