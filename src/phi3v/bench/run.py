@@ -94,7 +94,10 @@ def _require_writable(file: Path) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
         file.open("ab").close()
+        if is_new:  # what fails later leaves no empty file that looks like a measurement's
+            file.unlink()
     except OSError as error:
         raise ConfigError(f"--output {file}: cannot be written ({error.strerror or error})") from error
 

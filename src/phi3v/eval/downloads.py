@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 
-from ..model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_checkpoint_error
+from ..model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_checkpoint_error, is_hub_id
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -25,9 +25,7 @@ def local_folder(model: str | Path) -> str:
         CheckpointError: the download failed.
     """
     name = str(model)
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    # Beside a folder that is there, a name is one that has gone.
-    if not is_hub_id or Path(name).parent.exists():
+    if not is_hub_id(name):
         return name
     with as_checkpoint_error(f"model {name}"):
         if cached_file(name, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False) is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..eval.downloads import local_folder
 from ..model.checkpoint import is_adapter, load_processor
+from ..model.folder import taken_for_a_path
 from .comparison import Comparison
 from .placing import placed_when_complete, require_free
 from .readings import choose_samples, read_folder
@@ -47,6 +48,7 @@ def merge_and_verify(
     if not is_adapter(folder):
         raise CheckpointError(
             f"{adapter}: holds no adapter_config.json; merge takes an adapter folder such as RUN/model"
+            f"{'' if folder.is_dir() else taken_for_a_path(adapter)}"
         )
     trained = find_trained(folder, base=base)
     files, image_dir = trained.samples_files(data, image_dir)

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..eval.downloads import local_folder
 from ..eval.origin import run_around, run_of, trained_rope_mode
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
-from ..model.folder import read_object
+from ..model.folder import read_object, taken_for_a_path
 from ..runlog import RunDirectory
 
 PUBLISHED_MODELS = {
@@ -102,7 +102,10 @@ def find_trained(source: Path, *, base: str | None = None, rope_mode: RopeMode |
     """
     source = Path(local_folder(source))
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; give a run directory, a model folder or an adapter folder")
+        raise CheckpointError(
+            f"{source}: no such folder; give a run directory, a model folder or an adapter folder"
+            f"{taken_for_a_path(source)}"
+        )
     is_model = any((source / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if not is_model and not RunDirectory(source).config_path.is_file():
         raise CheckpointError(

@@ -30,8 +30,10 @@ from .folder import (
     check_processor_files,
     check_settings,
     check_weights,
+    is_hub_id,
     read_object,
     read_tensors,
+    taken_for_a_path,
 )
 from .four_bit import four_bit_loading, make_exact_on_cpu, require_four_bit
 from .modeling_phi3_v import Phi3VForCausalLM
@@ -71,12 +73,12 @@ def base_of_adapter(path: str | Path) -> str:
 def _check_folder(path: str | Path, what: str) -> None:
     """Refuses a local path that holds no model; anything that is not a local path is taken for a hub id."""
     folder = Path(path)
-    is_beside = folder.parent != Path() and folder.parent.is_dir()  # runs/modle beside runs/model
-    looks_local = is_beside or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
-    if folder.exists() or looks_local:
+    if not is_hub_id(path):
         if not folder.is_dir():
             former = _replaced(folder)
-            hint = f"; a save was interrupted, the former one is {former}: rename it" if former.is_dir() else ""
+            hint = taken_for_a_path(path)
+            if former.is_dir():
+                hint = f"; a save was interrupted, the former one is {former}: rename it"
             raise CheckpointError(f"{what} {path}: no such folder{hint}")
         if not (folder / "config.json").is_file():
             raise CheckpointError(

@@ -214,6 +214,27 @@ def check_weights(folder: Path, config: Phi3VConfig) -> None:
             )
 
 
+def is_hub_id(model: str | Path) -> bool:
+    """Says whether a model is looked for on the hub: ``owner/name`` where no folder ``owner`` is here.
+
+    Beside a folder that is there, a name is one that has gone: ``runs/modle``.
+    """
+    name = str(model)
+    is_id = name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).is_absolute()
+    return is_id and not Path(name).parent.is_dir()
+
+
+def taken_for_a_path(model: str | Path) -> str:
+    """Returns what to add to the error about a model that is not there: why the hub was not asked, if it might be."""
+    parts = Path(model).parts
+    if len(parts) != 2 or str(model).startswith((".", "/", "~")) or not Path(parts[0]).is_dir():
+        return ""
+    return (
+        f"; {parts[0]}/ is a folder here, so this was taken for a path in it: to load {model} from the hub, start "
+        f"where there is no folder {parts[0]}"
+    )
+
+
 def check_adapter(folder: Path) -> None:
     """Looks through an adapter folder: LoRA matrices in a safetensors file, of the ranks that its settings say.
 

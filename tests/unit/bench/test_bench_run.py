@@ -71,6 +71,19 @@ def test_the_command_writes_everything_it_measured(tmp_path: Path, capsys: pytes
     assert "memory     not measured" in printed and "samples/s, memory not measured" in printed
 
 
+def test_measuring_that_fails_leaves_no_file_and_keeps_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise CapacityError("too large")
+
+    monkeypatch.setattr(Bench, "measure", fail)
+    (tmp_path / "former.json").write_text("{}")
+    for name in ("new.json", "former.json"):
+        with pytest.raises(CapacityError):
+            run_bench(BenchOptions(**TINY, output=tmp_path / name))
+    assert [file.name for file in tmp_path.iterdir()] == ["former.json"]
+    assert (tmp_path / "former.json").read_text() == "{}"
+
+
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

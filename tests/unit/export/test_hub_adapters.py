@@ -52,6 +52,15 @@ def test_what_is_no_adapter_of_the_hub_comes_back_as_it_is(repo_id: str, tmp_pat
         load_model(local_folder("you/nothing"))
 
 
+def test_a_folder_named_as_its_owner_is_told_to_be_in_the_way(
+    repo_id: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("me").mkdir()
+    for verb in ("merge", "export"):
+        assert main([verb, repo_id, "out", "--data", str(data)]) != 0
+        assert "me/ is a folder here, so this was taken for a path in it" in capsys.readouterr().err
+
+
 def test_every_verb_takes_it(repo_id: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", repo_id, "merged", "--data", str(data)]) == 0
     assert json.loads(Path("merged/config.json").read_text())["model_type"] == "phi3_v"

@@ -453,8 +453,11 @@ def test_a_name_beside_folders_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.
     """Without asking the hub, which would be asked again and again where there is no network."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(CheckpointError, match=r"model runs/modle: no such folder"):
+    with pytest.raises(CheckpointError, match=r"runs/modle: no such folder; runs/ is a folder here, so .* a path"):
         load_model("runs/modle")
+    for name in (str(tmp_path / "gone"), "./gone", "gone"):
+        with pytest.raises(CheckpointError, match=r"no such folder$"):
+            load_model(name)
 
 
 def test_a_damaged_folder_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
