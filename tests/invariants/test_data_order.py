@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from phi3v.arguments import EXIT_STOPPED
@@ -24,6 +25,7 @@ def stop_at_call(number: int) -> None:
     Phi3VTrainer.compute_loss = call
 
 
+@pytest.mark.slow
 def test_losses_depend_on_no_worker_and_no_resume(tiny_dir: Path, tmp_path: Path) -> None:
     """Windows of 5, 5 and 3 samples, in one to three micro-batches each; taken up in the middle of the second epoch."""
     data = write_shared_data(tmp_path / "data")

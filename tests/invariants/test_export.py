@@ -19,11 +19,8 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(("full",), marks=pytest.mark.slow), ("lora", "--lora_rank", "4")],
-    ids=["full", "lora"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [("full",), ("lora", "--lora_rank", "4")], ids=lambda method: method[0])
 def test_exported_equals_trained(method: tuple[str, ...], tiny_dir: Path, tmp_path: Path) -> None:
     """The reference loads both by itself, the exported one as a stranger would, and asks them everything."""
     data = write_training_data(tmp_path / "data")

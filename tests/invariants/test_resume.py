@@ -138,6 +138,7 @@ def test_adapters_with_dropout_killed_within_epochs(
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_shared_run_killed_within_epochs(tiny_dir: Path, tmp_path: Path) -> None:
     """Windows of 5, 5 and 3 samples in one to three micro-batches, which workers read ahead over the epochs' ends."""
     data = write_shared_data(tmp_path / "data")

@@ -31,14 +31,18 @@ def assert_trains_alike(run: Path, reference: Path) -> None:
     "method",
     [
         {"method": "frozen_vision"},
-        {
-            "method": "lora",
-            "lora_rank": 2,
-            "freeze": ["vision", "projector"],
-            "shared_questions": 4,
-            "num_workers": 2,
-        },
+        pytest.param(
+            {
+                "method": "lora",
+                "lora_rank": 2,
+                "freeze": ["vision", "projector"],
+                "shared_questions": 4,
+                "num_workers": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
+    ids=["frozen vision", "lora"],
 )
 def test_with_a_cache_equals_without(
     method: dict[str, Any], tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,6 +64,7 @@ def test_with_a_cache_equals_without(
     assert {path: path.stat().st_size for path in cache.glob("*/*.rows")} == stored
 
 
+@pytest.mark.slow
 def test_a_changed_image_is_computed_anew(tiny_dir: Path, tmp_path: Path) -> None:
     data = write_shared_data(tmp_path / "data")
     cache = tmp_path / "cache"

@@ -84,6 +84,7 @@ def test_a_fresh_process_reads_the_same(tiny_dir: Path, eleven: Path, processor:
     assert len(here.digests) == 3
 
 
+@pytest.mark.slow
 def test_what_a_fresh_process_cannot_read_is_told(tmp_path: Path, eleven: Path, processor: Phi3VProcessor) -> None:
     samples = choose_samples(processor, [eleven], None, 1)
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read in a fresh process:.*no such folder"):

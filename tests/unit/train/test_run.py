@@ -19,6 +19,7 @@ from phi3v.eval.metrics import Score
 from phi3v.eval.run import EvalResult
 from phi3v.model.checkpoint import load_model, load_processor, save_model
 from phi3v.runlog import RunDirectory
+from phi3v.train.assembly import warmup_steps
 from phi3v.train.batches import TrainingSamples
 from phi3v.train.order import Shuffled
 from phi3v.train.run import run_training
@@ -261,10 +262,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(confi
 
 
 def test_a_short_run_reaches_its_learning_rate(config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    path = RunDirectory(run_training(config(warmup_steps=None, learning_rate=1e-3)))
+    short = config(warmup_steps=None, learning_rate=1e-3)
+    assert [warmup_steps(short, steps) for steps in (3, 120, 10_000)] == [0, 12, 50]
+    path = RunDirectory(run_training(short))
     assert path.steps()[0]["learning_rate"] == 1e-3
     with caplog.at_level(logging.WARNING):
-        run_training(config(path.path.with_name("other"), warmup_steps=50, learning_rate=1e-3))
+        assert warmup_steps(config(warmup_steps=50, learning_rate=1e-3), 3) == 50
     assert "warmup_steps is 50, and the run has 3 steps: the learning rate rises to 4e-05" in caplog.text
 
 

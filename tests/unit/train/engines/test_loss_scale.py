@@ -16,9 +16,10 @@ from packs import Pack, Question
 from phi3v.model.compute import Compute
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.parts import is_never_used
+from phi3v.train.engines import loss_scale
 from phi3v.train.engines.engine import AVERAGES, gradient_norm
 from phi3v.train.engines.fully_sharded import FullySharded
-from phi3v.train.engines.loss_scale import FIRST_SCALE, STEPS_TO_GROW, ScaledSteps
+from phi3v.train.engines.loss_scale import FIRST_SCALE, ScaledSteps
 
 LEARNING_RATE = 1e-3
 
@@ -29,15 +30,17 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=1e-2)
 
 
-def test_steps_and_scales_are_torchs() -> None:
+def test_steps_and_scales_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_to_grow = 40
+    monkeypatch.setattr(loss_scale, "STEPS_TO_GROW", steps_to_grow)
     torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     scaled, plain = ScaledSteps(adamw(ours)), adamw(theirs)
-    scaler = torch.amp.GradScaler("cpu", growth_interval=STEPS_TO_GROW)  # pyright: ignore[reportPrivateImportUsage]
-    for step in range(2 * STEPS_TO_GROW + 20):
+    scaler = torch.amp.GradScaler("cpu", growth_interval=steps_to_grow)  # pyright: ignore[reportPrivateImportUsage]
+    for step in range(2 * steps_to_grow + 20):
         inputs = torch.randn(4, 3)
-        blows_up = step in (3, 4, STEPS_TO_GROW)
+        blows_up = step in (3, 4, steps_to_grow)
         for model, scale in ((ours, scaled.scale), (theirs, scaler.get_scale() if step else FIRST_SCALE)):
             model.zero_grad()
             (model(inputs).pow(2).mean() * scale * (float("inf") if blows_up else 1.0)).backward()
