@@ -35,15 +35,6 @@ _SECRETS = re.compile(
 )
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a text holds a password in a URL, an access token, or the value of an environment variable that is one.
-
-    >>> holds_secret("https://me:opensesame@example.org/model"), holds_secret("microsoft/Phi-3.5-vision-instruct")
-    (True, False)
-    """
-    return secret_in(text) is not None
-
-
 def secret_in(text: str) -> str | None:
     """Says by what a text is known to hold a secret, without showing it; None where it holds none.
 

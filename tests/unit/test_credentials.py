@@ -9,7 +9,7 @@ import pytest
 from phi3v.arguments import exit_code
 from phi3v.cli import main
 from phi3v.config import EvalConfig, TrainConfig, load_config
-from phi3v.credentials import HIDDEN, holds_secret, secret_in, without_secrets
+from phi3v.credentials import HIDDEN, secret_in, without_secrets
 from phi3v.errors import ConfigError, DataError
 from phi3v.report import write_report
 from phi3v.runlog import RunDirectory, environment
@@ -56,15 +56,15 @@ def assert_clean(text: str) -> None:
 
 @pytest.mark.parametrize("text", BY_LOOKS)
 def test_secrets_are_known_by_their_looks(text: str) -> None:
-    assert holds_secret(text)
+    assert secret_in(text)
     hidden = without_secrets(f"before {text} after")
     assert HIDDEN in hidden and hidden.startswith("before ") and hidden.endswith(" after")
-    assert not holds_secret(hidden)
+    assert not secret_in(hidden)
 
 
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_names_are_none(text: str) -> None:
-    assert not holds_secret(text) and without_secrets(text) == text
+    assert not secret_in(text) and without_secrets(text) == text
 
 
 def test_values_of_secret_variables_are_known(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +73,9 @@ def test_values_of_secret_variables_are_known(planted: dict[str, str], monkeypat
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/someone/token")
     monkeypatch.setenv("SOME_SECRET", "short")
     for value in planted.values():
-        assert holds_secret(f"a{value}b"), value
+        assert secret_in(f"a{value}b"), value
         assert_clean(without_secrets(f"a{value}b"))
-    assert not holds_secret("models/phi35mine /home/someone/token short")
+    assert not secret_in("models/phi35mine /home/someone/token short")
 
 
 def test_by_what_a_secret_is_known_is_told_without_it(planted: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """A folder that appears complete under its name, or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import CapacityError, CheckpointError, ConfigError
-from ..files import is_full_disk
+from ..files import is_full_disk, sync_file
 
 
 def require_free(output_dir: Path) -> None:
@@ -74,8 +73,7 @@ def placed_when_complete(output_dir: Path) -> Iterator[Path]:
 
 def _force_to_disk(folder: Path) -> None:
     for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(file)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ optimizer, without an error: Trainer skips an optimizer file that is missing.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phi3v.errors import CheckpointError
-from phi3v.files import sync_folder
+from phi3v.files import sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +216,7 @@ def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> Non
     if absent:
         raise CheckpointError(f"{folder}: {', '.join(absent)} was not written, so this checkpoint could not be resumed")
     for path in paths:
-        _sync_file(path)
+        sync_file(path)
     records = {
         name: {"bytes": path.stat().st_size, "sha256": digest}
         for name, path, digest in zip(names, paths, _digests(paths), strict=True)
@@ -226,7 +225,7 @@ def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> Non
     manifest["sha256"] = _digest_of(manifest)
     target = folder / MANIFEST
     target.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    _sync_file(target)
+    sync_file(target)
     sync_folder(folder)
 
 
@@ -263,11 +262,6 @@ def _digests(paths: list[Path]) -> list[str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _unused_name(path: Path) -> Path:
