@@ -5,8 +5,10 @@
     python benchmarks/scaling.py --gpus 1 2 --tiny --runs full:fsdp2
 
 The workload of docs/performance.md at an effective batch of 64; the published size with random weights, equal on all
-processes. Every run is one start of torchrun. One more step of it is profiled: seconds of NCCL's kernels, and those of
-them in which nothing else runs. Losses must be those of one GPU but for rounding.
+processes. Every run is one start of torchrun; those that fit on the machine's GPUs together run at the same time, each
+on GPUs of its own, the largest first. Where there are several GPUs, one more step is profiled: seconds of NCCL's
+kernels, and those of them in which nothing else runs. Losses must be those of one GPU but for rounding. Efficiency: of
+N times the fastest run of the same method on one GPU, whatever its engine.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +42,13 @@ from phi3v.train.engines.choose import is_sharded, open_engine, require_engine
 from phi3v.train.room import data_load
 from phi3v.train.tuning import choose_precision, select_trainable, wrap_lora
 
-DEFAULT_RUNS = ("full:fsdp2", "full:zero2", "frozen_vision:fsdp2", "lora:ddp")
+DEFAULT_RUNS = ("full:ddp", "full:fsdp2", "full:zero2", "frozen_vision:ddp", "frozen_vision:fsdp2", "lora:ddp")
+
+MOST_SECONDS = 300
+"""Of a run; processes that wait for each other would wait forever."""
+
+Job = tuple[str, int]
+"""A run, ``METHOD:ENGINE``, and its number of GPUs."""
 
 Span = tuple[float, float]
 
@@ -59,31 +68,73 @@ def main() -> None:
         method, parallel, file = options.worker
         measure(method, parallel, Path(file), options)
         return
-    results: list[dict[str, Any]] = []
-    for run in options.runs:
-        method, parallel = run.split(":")
-        for num_gpus in options.gpus:
-            results.append(start(method, parallel, num_gpus, options))
-            alone = [one for one in results if one["run"] == run and one["gpus"] == 1 and "samples_per_s" in one]
-            if alone and "samples_per_s" in results[-1]:
-                speed = results[-1]["samples_per_s"]
-                results[-1]["efficiency"] = speed / num_gpus / alone[0]["samples_per_s"]
-            print(line_of(results[-1]), flush=True)
-            if options.output is not None:
-                write_json(options.output, results)
+    results = run_all([(run, num_gpus) for num_gpus in options.gpus for run in options.runs], options)
+    print("\n" + "\n".join(map(line_of, results)), flush=True)
 
 
-def start(method: str, parallel: str, num_gpus: int, options: argparse.Namespace) -> dict[str, Any]:
+def run_all(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs every job as soon as GPUs for it are free; returns what they found, by run and number of GPUs."""
+    num_devices = torch.cuda.device_count()
+    free = list(range(num_devices)) if num_devices else [0]
+    waiting = sorted(jobs, key=lambda job: -job[1])
+    if num_devices and waiting[0][1] > num_devices:
+        raise SystemExit(f"--gpus {waiting[0][1]}: this machine has {num_devices}")
+    found: dict[Job, dict[str, Any]] = {}
+    running: dict[Future[dict[str, Any]], tuple[Job, list[int]]] = {}
+    with ThreadPoolExecutor() as threads:
+        while waiting or running:
+            # Without GPUs one job at a time, whatever its number of processes.
+            for job in [*waiting]:
+                needed = job[1] if num_devices else 1
+                if needed <= len(free):
+                    devices, free = free[:needed], free[needed:]
+                    waiting.remove(job)
+                    running[threads.submit(start, *job, devices if num_devices else None, options)] = job, devices
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, devices = running.pop(future)
+                free = sorted(free + devices)
+                found[job] = future.result()
+                print(line_of(found[job]), flush=True)
+                if options.output is not None:
+                    write_json(options.output, with_efficiency(found.values()))
+    places = {job: (options.runs.index(job[0]), job[1]) for job in jobs}
+    return with_efficiency(found[job] for job in sorted(jobs, key=places.__getitem__))
+
+
+def with_efficiency(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds ``efficiency`` where the same method was measured on one GPU: of its fastest run there, times the GPUs."""
+    listed = list(results)
+    alone: dict[str, float] = {}
+    for result in listed:
+        if result["gpus"] == 1 and "samples_per_s" in result:
+            method = result["run"].partition(":")[0]
+            alone[method] = max(alone.get(method, 0.0), result["samples_per_s"])
+    for result in listed:
+        best = alone.get(result["run"].partition(":")[0])
+        if best and "samples_per_s" in result:
+            result["efficiency"] = result["samples_per_s"] / result["gpus"] / best
+    return listed
+
+
+def start(run: str, num_gpus: int, devices: list[int] | None, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one measurement in processes of its own; returns what the first of them wrote, or why there is nothing."""
+    method, parallel = run.split(":")
+    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
         command += [__file__, "--worker", method, parallel, str(file)]
         command += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
         command += ["--tiny"] * options.tiny
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-        found = json.loads(file.read_text("utf-8")) if file.is_file() else {"failed": done.stderr[-2000:]}
-    return {"run": f"{method}:{parallel}", "gpus": num_gpus, **found}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **visible})
+        try:
+            _, errors = process.communicate(timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes
+            _, errors = process.communicate()
+            errors += f"\nTimeoutError: not done after {MOST_SECONDS} s"
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else {"failed": errors[-20_000:]}
+    return {"run": run, "gpus": num_gpus, **found}
 
 
 def measure(method: str, parallel: str, file: Path, options: argparse.Namespace) -> None:
@@ -162,7 +213,7 @@ def measure(method: str, parallel: str, file: Path, options: argparse.Namespace)
         "policy": policy.to_dict(),
         "micro_batches": len(workload.plan(0)),
     }
-    if is_cuda:
+    if is_cuda and num_ranks > 1:
         found |= exchange_of(lambda: step(options.steps + 1))
     if rank == 0:
         write_json(file, found)
@@ -211,7 +262,8 @@ def line_of(result: dict[str, Any]) -> str:
     """Returns a result as a row of a table."""
     start = f"| {result['run']} | {result['gpus']} | "
     if "failed" in result:
-        return start + f"failed: {result['failed'].strip().splitlines()[-1] if result['failed'].strip() else '?'} |"
+        errors = [line for line in result["failed"].splitlines() if "Error: " in line]
+        return start + f"failed: {(errors or ['the JSON has its output'])[-1]} |"
     efficiency = f"{result['efficiency']:.1%}" if "efficiency" in result else ""
     cells = [
         f"{result['samples_per_s']:.2f} samples/s",

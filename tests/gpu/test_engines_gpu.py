@@ -1,8 +1,10 @@
-"""Engines on GPUs: as many processes as there are GPUs, two at most, learn as one process with DDP does."""
+"""Engines on GPUs: two processes, or one where there is one GPU, learn as one process with DDP does, and go on."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,24 @@ RUNS = [
 ]
 
 
+OF_METHOD: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 4}}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shared_data(tmp_path_factory.mktemp("engines") / "data")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[float]]:
+    """Gives the losses of one process with DDP; each setting's run once."""
+
+    @cache
+    def losses(method: str, precision: str) -> list[float]:
+        output_dir = tmp_path_factory.mktemp("alone") / "run"
+        return run(tiny_dir, data, output_dir, 1, method=method, precision=precision, **OF_METHOD[method])
+
+    return losses
 
 
 def run(model: Path, data: Path, output_dir: Path, num_gpus: int, **changes: Any) -> list[float]:
@@ -62,16 +79,23 @@ def run(model: Path, data: Path, output_dir: Path, num_gpus: int, **changes: Any
 @pytest.mark.parametrize(("parallel", "method", "precision"), RUNS)
 @pytest.mark.parametrize("offloads", [False, True])
 def test_learns_as_one_process_does(
-    parallel: str, method: str, precision: str, offloads: bool, tiny_dir: Path, data: Path, tmp_path: Path
+    parallel: str,
+    method: str,
+    precision: str,
+    offloads: bool,
+    tiny_dir: Path,
+    data: Path,
+    alone: Callable[..., list[float]],
+    tmp_path: Path,
 ) -> None:
     if parallel.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed")
     if offloads and (parallel == "ddp" or precision != "bf16"):
         pytest.skip("offloading is tried in bf16")
-    settings = {"method": method, "precision": precision, **({"lora_rank": 4} if method == "lora" else {})}
-    expected = run(tiny_dir, data, tmp_path / "one", 1, **settings)
+    expected = alone(method, precision)
+    settings = {"method": method, "precision": precision, "parallel": parallel, "cpu_offload": offloads}
     num_gpus = min(2, torch.cuda.device_count())
-    found = run(tiny_dir, data, tmp_path / "shared", num_gpus, parallel=parallel, cpu_offload=offloads, **settings)
+    found = run(tiny_dir, data, tmp_path / "shared", num_gpus, **settings, **OF_METHOD[method])
     num_comparable = 1 if precision == "fp16" else len(expected)
     assert found[:num_comparable] == pytest.approx(expected[:num_comparable], rel=TOLERANCE[precision])
     assert found[-1] < found[0]
@@ -90,3 +114,17 @@ def test_goes_on_from_its_checkpoint(parallel: str, offloads: bool, tiny_dir: Pa
     forget_after(tmp_path / "run", 3)
     found = run(tiny_dir, data, tmp_path / "run", 2, keep_checkpoints=9, **settings)
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("first", "then"), [("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "ddp")])
+def test_goes_on_on_half_the_gpus(first: str, then: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Of four, where there are as many; the losses stay those of the undisturbed run."""
+    if "zero" in first and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed")
+    num_gpus = 4 if torch.cuda.device_count() >= 4 else 2
+    settings = {"method": "full", "precision": "bf16", "keep_checkpoints": 9}
+    expected = run(tiny_dir, data, tmp_path / "run", num_gpus, parallel=first, **settings)
+    forget_after(tmp_path / "run", 3)
+    found = run(tiny_dir, data, tmp_path / "run", num_gpus // 2, parallel=then, **settings)
+    assert found == pytest.approx(expected, rel=TOLERANCE["bf16"])

@@ -269,6 +269,7 @@ class Phi3VTrainer(Trainer):
         return str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -281,6 +282,7 @@ class Phi3VTrainer(Trainer):
                 "Earlier checkpoints are whole: make room, and start the same command again."
             ) from error
         self.accelerator.wait_for_everyone()
+        logger.info("Step %d is saved as a checkpoint (%.1f s).", self.state.global_step, time.perf_counter() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer's own loader warns about missing and unknown names, and trains on.
