@@ -5,19 +5,24 @@
     python benchmarks/scaling.py --gpus 1 2 --tiny --runs full:fsdp2
 
 The workload of docs/performance.md at an effective batch of 64; the published size with random weights, equal on all
-processes. Every run is one start of torchrun; those that fit on the machine's GPUs together run at the same time, each
-on GPUs of its own, the largest first. Where there are several GPUs, one more step is profiled: seconds of NCCL's
-kernels, and those of them in which nothing else runs. Losses must be those of one GPU but for rounding. Efficiency: of
-N times the fastest run of the same method on one GPU, whatever its engine.
+processes. All runs of one number of GPUs come from one start of torchrun, one after the other; on one GPU each has its
+own. Starts that fit on the machine's GPUs together run at the same time, each on GPUs of its own, the largest first.
+
+Where there are several GPUs, one more step is profiled on each: seconds in which it computes, seconds of NCCL's
+kernels, and those of them in which nothing else runs. The GPU that waits least tells what the exchange costs; what the
+others wait more, they wait for it. Losses must be those of one GPU but for rounding. Efficiency: of N times the fastest
+run of the same method on one GPU, whatever its engine.
 """
 
 import argparse
+import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +32,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import distributed
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from phi3v.bench.machine import device_name, peak_memory, reset_peak_memory, synchronize
 from phi3v.bench.model import bench_config, build_model
@@ -42,15 +49,19 @@ from phi3v.train.engines.choose import is_sharded, open_engine, require_engine
 from phi3v.train.room import data_load
 from phi3v.train.tuning import choose_precision, select_trainable, wrap_lora
 
-DEFAULT_RUNS = ("full:ddp", "full:fsdp2", "full:zero2", "frozen_vision:ddp", "frozen_vision:fsdp2", "lora:ddp")
+DEFAULT_RUNS = ("full:ddp", "full:fsdp2", "frozen_vision:ddp", "frozen_vision:fsdp2", "lora:ddp", "full:zero2")
 
-MOST_SECONDS = 300
-"""Of a run; processes that wait for each other would wait forever."""
+WARMUP_STEPS = 2
+"""Kernels are compiled in the first, and in the second torch's allocator finds its blocks beside the optimizer's."""
 
-Job = tuple[str, int]
-"""A run, ``METHOD:ENGINE``, and its number of GPUs."""
+MOST_SECONDS = 400
+"""Of a start; processes that wait for each other would wait forever."""
 
-Span = tuple[float, float]
+Result = dict[str, Any]
+Job = tuple[int, tuple[str, ...]]
+"""A number of GPUs, and the runs, ``METHOD:ENGINE``, that are measured there."""
+
+Span = tuple[int, int]
 
 
 def main() -> None:
@@ -59,71 +70,69 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--runs", nargs="+", default=DEFAULT_RUNS, metavar="METHOD:ENGINE")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N")
-    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps, after one (default: 2)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed steps (default: 4)")
     parser.add_argument("--tiny", action="store_true", help="a small model, on CPUs where there is no GPU")
     parser.add_argument("--output", type=Path, metavar="JSON")
-    parser.add_argument("--worker", nargs=3, metavar=("METHOD", "ENGINE", "JSON"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        method, parallel, file = options.worker
-        measure(method, parallel, Path(file), options)
+        measure_all(options.runs, options.worker, options)
         return
-    results = run_all([(run, num_gpus) for num_gpus in options.gpus for run in options.runs], options)
+    results = run_all(options)
     print("\n" + "\n".join(map(line_of, results)), flush=True)
 
 
-def run_all(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs every job as soon as GPUs for it are free; returns what they found, by run and number of GPUs."""
+def run_all(options: argparse.Namespace) -> list[Result]:
+    """Starts every job as soon as GPUs for it are free; returns what they found, by run and number of GPUs."""
     num_devices = torch.cuda.device_count()
-    free = list(range(num_devices)) if num_devices else [0]
-    waiting = sorted(jobs, key=lambda job: -job[1])
-    if num_devices and waiting[0][1] > num_devices:
-        raise SystemExit(f"--gpus {waiting[0][1]}: this machine has {num_devices}")
-    found: dict[Job, dict[str, Any]] = {}
-    running: dict[Future[dict[str, Any]], tuple[Job, list[int]]] = {}
+    if num_devices and max(options.gpus) > num_devices:
+        raise SystemExit(f"--gpus {max(options.gpus)}: this machine has {num_devices}")
+    runs = tuple(options.runs)
+    waiting: list[Job] = []
+    for num_gpus in sorted(options.gpus, reverse=True):
+        waiting += [(1, (run,)) for run in runs] if num_gpus == 1 else [(num_gpus, runs)]
+    free = list(range(num_devices or 1))
+    results: list[Result] = []
+    running: dict[Future[list[Result]], list[int]] = {}
     with ThreadPoolExecutor() as threads:
         while waiting or running:
-            # Without GPUs one job at a time, whatever its number of processes.
             for job in [*waiting]:
-                needed = job[1] if num_devices else 1
+                # Without GPUs one job at a time, whatever its number of processes.
+                needed = job[0] if num_devices else 1
                 if needed <= len(free):
                     devices, free = free[:needed], free[needed:]
                     waiting.remove(job)
-                    running[threads.submit(start, *job, devices if num_devices else None, options)] = job, devices
+                    running[threads.submit(start, job, devices if num_devices else None, options)] = devices
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, devices = running.pop(future)
-                free = sorted(free + devices)
-                found[job] = future.result()
-                print(line_of(found[job]), flush=True)
+                free = sorted(free + running.pop(future))
+                results += future.result()
+                results.sort(key=lambda result: (runs.index(result["run"]), result["gpus"]))
+                add_efficiency(results)
                 if options.output is not None:
-                    write_json(options.output, with_efficiency(found.values()))
-    places = {job: (options.runs.index(job[0]), job[1]) for job in jobs}
-    return with_efficiency(found[job] for job in sorted(jobs, key=places.__getitem__))
+                    write_json(options.output, results)
+    return results
 
 
-def with_efficiency(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds ``efficiency`` where the same method was measured on one GPU: of its fastest run there, times the GPUs."""
-    listed = list(results)
+def add_efficiency(results: list[Result]) -> None:
+    """Says of every run how fast it is, of its method's fastest run on one GPU times its GPUs."""
     alone: dict[str, float] = {}
-    for result in listed:
+    for result in results:
         if result["gpus"] == 1 and "samples_per_s" in result:
             method = result["run"].partition(":")[0]
             alone[method] = max(alone.get(method, 0.0), result["samples_per_s"])
-    for result in listed:
+    for result in results:
         best = alone.get(result["run"].partition(":")[0])
         if best and "samples_per_s" in result:
             result["efficiency"] = result["samples_per_s"] / result["gpus"] / best
-    return listed
 
 
-def start(run: str, num_gpus: int, devices: list[int] | None, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one measurement in processes of its own; returns what the first of them wrote, or why there is nothing."""
-    method, parallel = run.split(":")
+def start(job: Job, devices: list[int] | None, options: argparse.Namespace) -> list[Result]:
+    """Measures runs in processes of their own; after one that fails, the others are started again."""
+    num_gpus, runs = job
     visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
+    with TemporaryDirectory() as name:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
-        command += [__file__, "--worker", method, parallel, str(file)]
+        command += [__file__, "--worker", name, "--runs", *runs]
         command += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
         command += ["--tiny"] * options.tiny
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **visible})
@@ -133,24 +142,47 @@ def start(run: str, num_gpus: int, devices: list[int] | None, options: argparse.
             process.terminate()  # torchrun ends its processes
             _, errors = process.communicate()
             errors += f"\nTimeoutError: not done after {MOST_SECONDS} s"
-        found = json.loads(file.read_text("utf-8")) if file.is_file() else {"failed": errors[-20_000:]}
-    return {"run": run, "gpus": num_gpus, **found}
+        files = [Path(name) / f"{run}.json" for run in runs]
+        found = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
+    results = [{"run": run, "gpus": num_gpus, **one} for run, one in zip(runs, found, strict=False)]
+    if len(found) < len(runs):
+        results.append({"run": runs[len(found)], "gpus": num_gpus, "failed": errors[-20_000:]})
+    for result in results:
+        print(line_of(result), flush=True)
+    left = runs[len(results) :]
+    return results + (start((num_gpus, left), devices, options) if left else [])
 
 
-def measure(method: str, parallel: str, file: Path, options: argparse.Namespace) -> None:
-    """Takes the steps, as one of the processes."""
+def measure_all(runs: Sequence[str], folder: Path, options: argparse.Namespace) -> None:
+    """Measures runs one after the other, as one of the processes; the first one writes ``RUN.json``."""
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
+    accelerator = Accelerator(mixed_precision="bf16" if is_cuda else "no", cpu=not is_cuda)
+    for run in runs:
+        found = measure(run, device, accelerator, options)
+        if accelerator.is_main_process:
+            write_json(folder / f"{run}.json", found)
+        gc.collect()
+        if is_cuda:
+            torch.cuda.empty_cache()
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def measure(name: str, device: torch.device, accelerator: Accelerator, options: argparse.Namespace) -> Result:
+    """Takes a run's steps."""
+    method, parallel = name.split(":")
+    is_cuda = device.type == "cuda"
+    held_before = torch.cuda.memory_allocated(device) if is_cuda else 0
     bench = BenchOptions(method=method, batch_size=options.batch_size, tiny=options.tiny)  # pyright: ignore[reportArgumentType]
     run = replace(bench.train_config(), parallel=parallel)
     precision = choose_precision(run, device.type)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision.name, precision.name), cpu=not is_cuda)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     require_engine(run, device)
     config = bench_config(options.tiny)
-    samples = draw_samples(bench, config, options.batch_size * (options.steps + 2))
+    samples = draw_samples(bench, config, options.batch_size * (WARMUP_STEPS + options.steps + 1))
     costs = costs_of(samples)
     group_of = stem_groups(costs, config.original_max_position_embeddings)
     load = data_load(costs, Sharing(1, group_of, saving_of(costs, group_of, 1)))
@@ -199,43 +231,55 @@ def measure(method: str, parallel: str, file: Path, options: argparse.Namespace)
         distributed.all_reduce(loss)
         return float(seconds), float(loss) / num_ranks
 
-    losses = [step(0)[1]]
+    steps = [step(number) for number in range(WARMUP_STEPS)]
     reset_peak_memory(device)
-    timed = [step(number + 1) for number in range(options.steps)]
+    steps += [step(WARMUP_STEPS + number) for number in range(options.steps)]
     memory = peak_memory(device)
-    found: dict[str, Any] = {
+    seconds = [one for one, _ in steps]
+    found: Result = {
         "device": device_name(device),
         "precision": precision.name,
-        "samples_per_s": options.batch_size / sorted(seconds for seconds, _ in timed)[len(timed) // 2],
-        "step_seconds": [seconds for seconds, _ in timed],
-        "losses": losses + [loss for _, loss in timed],
+        "samples_per_s": options.batch_size / statistics.median(seconds[WARMUP_STEPS:]),
+        "step_seconds": seconds,
+        "losses": [loss for _, loss in steps],
         "memory": memory,
+        "held_before": held_before,
         "policy": policy.to_dict(),
         "micro_batches": len(workload.plan(0)),
     }
     if is_cuda and num_ranks > 1:
-        found |= exchange_of(lambda: step(options.steps + 1))
-    if rank == 0:
-        write_json(file, found)
-    distributed.barrier()
+        found["exchange"] = exchange_of(lambda: step(WARMUP_STEPS + options.steps))
     engine.close()
-    distributed.destroy_process_group()
+    return found
 
 
-def exchange_of(step: Any) -> dict[str, float]:
-    """Profiles a step: seconds of NCCL's kernels, and those of them in which no other kernel runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def exchange_of(step: Callable[[], object]) -> dict[str, list[float]]:
+    """Profiles a step; returns seconds of every process.
+
+    Returns:
+        ``computes``, in which kernels run that are not NCCL's; ``exchange``, of NCCL's kernels; ``exposed``, of those
+        while no other runs.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # Not ``events()``, which makes a tree of them all, for a minute.
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    kernels = [event for event in profiled.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
     spans = {
         is_nccl: merged(
-            (event.time_range.start, event.time_range.end) for event in kernels if ("nccl" in event.name) == is_nccl
+            (event.start_ns(), event.start_ns() + event.duration_ns())
+            for event in kernels
+            if ("nccl" in event.name()) == is_nccl
         )
         for is_nccl in (True, False)
     }
-    exchange = length(spans[True])
-    hidden = exchange + length(spans[False]) - length(merged([*spans[True], *spans[False]]))
-    return {"exchange_s": exchange / 1e6, "exposed_s": (exchange - hidden) / 1e6}
+    exchange, computes = length(spans[True]), length(spans[False])
+    exposed = length(merged([*spans[True], *spans[False]])) - computes
+    own = torch.tensor([computes, exchange, exposed], device="cuda", dtype=torch.float64) / 1e9
+    of_all = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(of_all, own)
+    columns = torch.stack(of_all, dim=1).tolist()
+    return dict(zip(("computes", "exchange", "exposed"), columns, strict=True))
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -253,7 +297,7 @@ def merged(spans: Iterable[Span]) -> list[Span]:
     return joined
 
 
-def length(spans: Iterable[Span]) -> float:
+def length(spans: Iterable[Span]) -> int:
     """Returns the length of spans that do not touch."""
     return sum(end - begin for begin, end in spans)
 
@@ -264,16 +308,20 @@ def line_of(result: dict[str, Any]) -> str:
     if "failed" in result:
         errors = [line for line in result["failed"].splitlines() if "Error: " in line]
         return start + f"failed: {(errors or ['the JSON has its output'])[-1]} |"
-    efficiency = f"{result['efficiency']:.1%}" if "efficiency" in result else ""
     cells = [
         f"{result['samples_per_s']:.2f} samples/s",
-        efficiency,
+        f"{result['efficiency']:.1%}" if "efficiency" in result else "",
         f"{max(result['memory'].values()) / 1e9:.1f} GB",
         f"checkpointing {result['policy']['checkpointing']}, {result['micro_batches']} micro-batches",
-        f"exchange {result['exchange_s']:.3f} s, exposed {result['exposed_s']:.3f} s" if "exchange_s" in result else "",
+        in_words(result["exchange"]) if "exchange" in result else "",
         "losses " + " ".join(f"{loss:.6f}" for loss in result["losses"]),
     ]
     return start + " | ".join(cells) + " |"
+
+
+def in_words(exchange: dict[str, list[float]]) -> str:
+    """Says what a profiled step's seconds went into: the least and the most of any GPU."""
+    return ", ".join(f"{name} {min(values):.3f} to {max(values):.3f} s" for name, values in exchange.items())
 
 
 if __name__ == "__main__":
