@@ -68,9 +68,12 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.output_dir
     has_gpu = torch.cuda.is_available()
-    # Four billion random numbers take a CPU a minute.
-    with torch.device("cuda" if has_gpu else "cpu"):
-        build_model(folder / "base", **({} if options.tiny else published_sizes(options.layers)))
+    if options.tiny:
+        build_model(folder / "base")
+    else:
+        torch.set_default_dtype(torch.bfloat16)  # as the published weights are
+        with torch.device("cuda" if has_gpu else "cpu"):  # four billion random numbers take a CPU a minute
+            build_model(folder / "base", **published_sizes(options.layers))
     losses: list[list[float]] = []
     for num_gpus, parallel in zip(options.gpus, [options.parallel[0], options.parallel[-1]], strict=True):
         print(f"\n{parallel} on {num_gpus}", flush=True)

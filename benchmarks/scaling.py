@@ -51,8 +51,9 @@ from phi3v.train.tuning import choose_precision, select_trainable, wrap_lora
 
 DEFAULT_RUNS = ("full:ddp", "full:fsdp2", "frozen_vision:ddp", "frozen_vision:fsdp2", "lora:ddp", "full:zero2")
 
-WARMUP_STEPS = 2
-"""Kernels are compiled in the first, and in the second torch's allocator finds its blocks beside the optimizer's."""
+WARMUP_STEPS = 1
+"""And one more a process: the fewer micro-batches a step has, the more steps until attention is planned for all shapes,
+0.15 s each, for which all processes wait."""
 
 MOST_SECONDS = 400
 """Of a start; processes that wait for each other would wait forever."""
@@ -180,9 +181,10 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
     run = replace(bench.train_config(), parallel=parallel)
     precision = choose_precision(run, device.type)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    num_warmup = WARMUP_STEPS + num_ranks
     require_engine(run, device)
     config = bench_config(options.tiny)
-    samples = draw_samples(bench, config, options.batch_size * (WARMUP_STEPS + options.steps + 1))
+    samples = draw_samples(bench, config, options.batch_size * (num_warmup + options.steps + 1))
     costs = costs_of(samples)
     group_of = stem_groups(costs, config.original_max_position_embeddings)
     load = data_load(costs, Sharing(1, group_of, saving_of(costs, group_of, 1)))
@@ -231,15 +233,15 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
         distributed.all_reduce(loss)
         return float(seconds), float(loss) / num_ranks
 
-    steps = [step(number) for number in range(WARMUP_STEPS)]
+    steps = [step(number) for number in range(num_warmup)]
     reset_peak_memory(device)
-    steps += [step(WARMUP_STEPS + number) for number in range(options.steps)]
+    steps += [step(num_warmup + number) for number in range(options.steps)]
     memory = peak_memory(device)
     seconds = [one for one, _ in steps]
     found: Result = {
         "device": device_name(device),
         "precision": precision.name,
-        "samples_per_s": options.batch_size / statistics.median(seconds[WARMUP_STEPS:]),
+        "samples_per_s": options.batch_size / statistics.median(seconds[num_warmup:]),
         "step_seconds": seconds,
         "losses": [loss for _, loss in steps],
         "memory": memory,
@@ -248,7 +250,7 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
         "micro_batches": len(workload.plan(0)),
     }
     if is_cuda and num_ranks > 1:
-        found["exchange"] = exchange_of(lambda: step(WARMUP_STEPS + options.steps))
+        found["exchange"] = exchange_of(lambda: step(num_warmup + options.steps))
     engine.close()
     return found
 
