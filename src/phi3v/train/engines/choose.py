@@ -52,7 +52,14 @@ def require_engine(config: TrainConfig, device: torch.device) -> None:
         import_deepspeed(device)
 
 
-def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, accelerator: Accelerator) -> Engine:
+def open_engine(
+    config: TrainConfig,
+    precision: Precision,
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    keeps_weights: bool = False,
+) -> Engine:
     """Makes a run's engine.
 
     Args:
@@ -60,6 +67,7 @@ def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, acc
         precision: what the run computes in.
         model: with float32 trainable weights, whole; on its device for ``ddp``, elsewhere for the others.
         accelerator: Trainer's.
+        keeps_weights: with ``fsdp2``, as :class:`FullySharded` says.
     """
     make_optimizer = _adamw(config, accelerator.device)
     if config.parallel == "ddp":
@@ -73,7 +81,12 @@ def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, acc
     if config.parallel == "fsdp2":
         dtype = precision.autocast_dtype or torch.float32
         engine: Engine = FullySharded(
-            model, make_optimizer, device=accelerator.device, dtype=dtype, offloads=config.cpu_offload
+            model,
+            make_optimizer,
+            device=accelerator.device,
+            dtype=dtype,
+            offloads=config.cpu_offload,
+            keeps_weights=keeps_weights,
         )
     else:
         engine = DeepSpeed(
