@@ -211,7 +211,7 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
     )
     torch.manual_seed(0)  # adapters start alike on all processes
     learner = wrap_lora(model, run) if run.trains_adapters else model
-    engine = open_engine(run, precision, learner, accelerator, keeps_weights=policy.keeps_weights)
+    engine = open_engine(run, precision, learner, accelerator)
 
     def step(number: int) -> tuple[float, float]:
         batches = [workload.pack(planned) for planned in workload.plan(number)]

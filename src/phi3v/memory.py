@@ -120,7 +120,6 @@ class MemoryModel:
         num_ranks: processes of the run.
         parallel: what they share, as ``TrainConfig.parallel`` says.
         offloads: whether what is shared out lies in the machine's memory.
-        keeps_weights: with FSDP2, whether weights stay whole from their first use in a step to their last.
         coefficients: numbers kept.
 
     >>> every_part = ("vision", "projector", "decoder", "embeddings", "head")
@@ -138,7 +137,6 @@ class MemoryModel:
     num_ranks: int = 1
     parallel: str = "ddp"
     offloads: bool = False
-    keeps_weights: bool = False
     coefficients: Coefficients = COEFFICIENTS
 
     @property
@@ -178,28 +176,24 @@ class MemoryModel:
         - weights: 4 bytes a number where weights are trained; b under adapters, and :data:`FOUR_BIT_BYTES` for
           matrices in 4 bit.
         - adapters: 4 bytes a number.
-        - gradients: 4 bytes a trained number; with DDP on several devices twice: all micro-batches of a step but the
-          last add theirs up beside what is sent. With ZeRO b besides, before they are shared out.
+        - gradients: 4 bytes a trained number; with ZeRO b besides, before they are shared out.
         - optimizer: :data:`OPTIMIZER_BYTES` a trained number.
         - 16-bit copies: in bf16 and fp16, 2 bytes for every float32 number of a part that multiplies by its weights;
           with adapters that is theirs alone. Where every layer is computed again: those of one layer and the head.
 
         FSDP2 shares weights, gradients and optimizer out to all processes, and puts two layers and the ends together in
-        b, or with ``keeps_weights`` all. ZeRO shares out float32 masters, gradients and optimizer; its weights are b,
-        in stage 3 shared out as well.
+        b. ZeRO shares out float32 masters, gradients and optimizer; its weights are b, in stage 3 shared out as well.
         """
         sizes = self._replicated_bytes(checkpointing)
         if self.parallel == "ddp":
-            return sizes if self.num_ranks == 1 else sizes | {"gradients": 2 * sizes["gradients"]}
+            return sizes
         dims, trained = self.dims, self.num_trained
         part = 0.0 if self.offloads else 1 / self.num_ranks
         stored, number = dims.num_parameters, self.number_bytes
         ends = 2 * dims.num_embedding_parameters + 2 * dims.decoder_layer_matrices
         shared: dict[str, float] = {"optimizer": part * OPTIMIZER_BYTES * trained}
         if self.parallel == "fsdp2":
-            whole = stored + (trained if self.adapter_rank is not None else 0)
-            together = whole if self.keeps_weights else ends
-            shared["weights"] = part * (sizes["weights"] + sizes.get("adapters", 0)) + number * together
+            shared["weights"] = part * (sizes["weights"] + sizes.get("adapters", 0)) + number * ends
             shared["gradients"] = part * FLOAT32_BYTES * trained + FLOAT32_BYTES * dims.decoder_layer_matrices
         else:
             whole = number * (stored + (trained if self.adapter_rank is not None else 0))

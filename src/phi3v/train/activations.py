@@ -62,7 +62,6 @@ class ActivationPolicy:
         checkpointing: off, selective or full.
         micro_batch_tokens: most decoder positions at once; a longer sample goes alone.
         micro_batch_crops: most crops at once; None: no limit of their own.
-        keeps_weights: with FSDP2, weights stay whole from their first use in a step to their last: memory is left.
         predicted_bytes: by item, for a micro-batch that is full; empty on a CPU.
         available_bytes: what the device has for it; None on a CPU.
     """
@@ -70,7 +69,6 @@ class ActivationPolicy:
     checkpointing: Checkpointing
     micro_batch_tokens: int
     micro_batch_crops: int | None = None
-    keeps_weights: bool = False
     predicted_bytes: Mapping[str, int] = field(default_factory=dict)
     available_bytes: int | None = None
 
@@ -80,7 +78,6 @@ class ActivationPolicy:
             "checkpointing": self.checkpointing,
             "micro_batch_tokens": self.micro_batch_tokens,
             "micro_batch_crops": self.micro_batch_crops,
-            "keeps_weights": self.keeps_weights,
             "predicted_bytes": dict(self.predicted_bytes),
             "available_bytes": self.available_bytes,
         }
@@ -90,8 +87,6 @@ class ActivationPolicy:
         crops = "" if self.micro_batch_crops is None else f" and {self.micro_batch_crops:,} crops"
         at_once = f"{self.micro_batch_tokens:,} positions{crops}"
         head = f"Activations: checkpointing {self.checkpointing}, at most {at_once} at once"
-        if self.keeps_weights:
-            head += ", weights whole during a step"
         if self.available_bytes is None:
             return f"{head}."
         total = sum(self.predicted_bytes.values())
@@ -159,9 +154,8 @@ def plan_activations(
     """Chooses from numbers alone.
 
     Takes the least recomputation with which the longest sample fits, and at least ``LEAST_POSITIONS`` positions; then
-    as many positions as fit, up to ``MOST_POSITIONS``; then FSDP2's weights stay whole, if that fits too. Without
-    ``available_bytes`` (a CPU): nothing is computed again, and ``CPU_POSITIONS`` positions. What is set is kept; if it
-    is predicted not to fit, a warning says so.
+    as many positions as fit, up to ``MOST_POSITIONS``. Without ``available_bytes`` (a CPU): nothing is computed again,
+    and ``CPU_POSITIONS`` positions. What is set is kept; if it is predicted not to fit, a warning says so.
 
     Args:
         memory: predicts the bytes of a micro-batch.
@@ -190,10 +184,6 @@ def plan_activations(
         multiples = range(MOST_POSITIONS, load.longest_tokens, -POSITIONS_STEP)
         tokens = next((tokens for tokens in multiples if room.fits(mode, tokens)), load.longest_tokens)
     predicted = room.predict(mode, tokens)
-    keeping = replace(room, memory=replace(memory, keeps_weights=True))
-    keeps_weights = memory.parallel == "fsdp2" and keeping.fits(mode, tokens)
-    if keeps_weights:
-        predicted = keeping.predict(mode, tokens)
     if sum(predicted.values()) > available_bytes:
         is_all_set = checkpointing != "auto" and micro_batch_tokens is not None
         if not is_all_set and not room.fits("full", load.longest_tokens):
@@ -210,7 +200,6 @@ def plan_activations(
         checkpointing=mode,
         micro_batch_tokens=tokens,
         micro_batch_crops=micro_batch_crops or room.micro_batch(tokens).crops or None,
-        keeps_weights=keeps_weights,
         predicted_bytes=predicted,
         available_bytes=available_bytes,
     )

@@ -88,7 +88,7 @@ def build_trainer(
         reader=reader,
         cache=cache,
         loss_weighting=config.loss_weighting,
-        make_engine=partial(open_engine, config, room.precision, keeps_weights=room.policy.keeps_weights),
+        make_engine=partial(open_engine, config, room.precision),
         save_folder=lambda folder: save_checkpoint_model(room, trainer, model, folder),
         commit_checkpoint=lambda step: commit_checkpoint(room, step, start.lost),
         staging=store.staging,

@@ -80,19 +80,6 @@ def test_published_size_on_common_gpus() -> None:
     }
 
 
-@pytest.mark.parametrize("parallel", ["fsdp2", "zero3", "ddp"])
-def test_weights_stay_whole_where_that_costs_no_micro_batch(parallel: str) -> None:
-    shared = replace(FULL, num_ranks=8, parallel=parallel)
-    kept = needed(replace(shared, keeps_weights=True), "off", PAGE, MOST_POSITIONS)
-    for room in (kept, kept - 1):
-        policy = plan_activations(shared, PAGE, available_bytes=room)
-        assert policy.keeps_weights == (parallel == "fsdp2" and room == kept)
-        assert policy.keeps_weights == ("weights whole" in policy.table())
-        assert sum(policy.predicted_bytes.values()) <= room
-        if parallel == "fsdp2":
-            assert (policy.checkpointing, policy.micro_batch_tokens) == ("off", MOST_POSITIONS)
-
-
 def test_a_sample_longer_than_any_budget_stands_alone() -> None:
     long = replace(PAGE, longest_tokens=40_000, longest_crops=30)
     room = needed(LORA, "selective", long, 40_000)

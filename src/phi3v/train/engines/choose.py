@@ -52,14 +52,7 @@ def require_engine(config: TrainConfig, device: torch.device) -> None:
         import_deepspeed(device)
 
 
-def open_engine(
-    config: TrainConfig,
-    precision: Precision,
-    model: nn.Module,
-    accelerator: Accelerator,
-    *,
-    keeps_weights: bool = False,
-) -> Engine:
+def open_engine(config: TrainConfig, precision: Precision, model: nn.Module, accelerator: Accelerator) -> Engine:
     """Makes a run's engine.
 
     Args:
@@ -67,7 +60,6 @@ def open_engine(
         precision: what the run computes in.
         model: with float32 trainable weights, whole; on its device for ``ddp``, elsewhere for the others.
         accelerator: Trainer's.
-        keeps_weights: with ``fsdp2``, as :class:`FullySharded` says.
     """
     make_optimizer = _adamw(config, accelerator.device)
     if config.parallel == "ddp":
@@ -81,12 +73,7 @@ def open_engine(
     if config.parallel == "fsdp2":
         dtype = precision.autocast_dtype or torch.float32
         engine: Engine = FullySharded(
-            model,
-            make_optimizer,
-            device=accelerator.device,
-            dtype=dtype,
-            offloads=config.cpu_offload,
-            keeps_weights=keeps_weights,
+            model, make_optimizer, device=accelerator.device, dtype=dtype, offloads=config.cpu_offload
         )
     else:
         engine = DeepSpeed(

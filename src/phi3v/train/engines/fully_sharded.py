@@ -27,8 +27,6 @@ class FullySharded:
         device: what this process computes on.
         dtype: what layers compute in; weights are put together in it, gradients added up in float32.
         offloads: keep the state in the machine's memory and not in the GPU's.
-        keeps_weights: leave weights together from their first use in a step to their last, instead of putting them
-            together twice for every micro-batch: faster, for the memory of all weights in ``dtype``.
     """
 
     is_whole = False
@@ -42,7 +40,6 @@ class FullySharded:
         device: torch.device,
         dtype: torch.dtype,
         offloads: bool = False,
-        keeps_weights: bool = False,
     ) -> None:
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         policy = MixedPrecisionPolicy(
@@ -58,24 +55,19 @@ class FullySharded:
         }
         for module in model.modules():
             if isinstance(module, PackedDecoderLayer | PackedClipLayer):
-                fully_shard(module, reshard_after_forward=not keeps_weights, **options)
+                fully_shard(module, **options)
         fully_shard(model, **options)
         self.module = model
         # Where FSDP cannot run, others quietly run something else.
         assert isinstance(self.module, FSDPModule)
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         assert all(isinstance(one, DTensor) for one in self._parameters.values())
         self._device = device
-        self._keeps_weights = keeps_weights
         adamw = make_optimizer(model)
         self._scaled = ScaledSteps(adamw) if dtype == torch.float16 else None
         self.optimizer = self._scaled or adamw
 
     def run(self, compute_loss: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
-        if self._keeps_weights:
-            for module in self._sharded:
-                module.set_reshard_after_backward(is_last, recurse=False)
         # Every micro-batch's gradients are shared out at once: whole ones would take as much memory as the weights.
         loss = compute_loss()
         (loss * self._scaled.scale if self._scaled else loss).backward()

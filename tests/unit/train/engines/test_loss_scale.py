@@ -1,19 +1,33 @@
 """fp16's loss scale: torch's own where nothing is shared out, and all processes leave out a step together."""
 
+import os
+import traceback
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
 
-from engines import adamw, in_two_processes, packs_of
+from packs import Pack, Question
 from phi3v.model.compute import Compute
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.parts import is_never_used
 from phi3v.train.engines import loss_scale
 from phi3v.train.engines.engine import AVERAGES, gradient_norm
 from phi3v.train.engines.fully_sharded import FullySharded
 from phi3v.train.engines.loss_scale import FIRST_SCALE, ScaledSteps
+
+LEARNING_RATE = 1e-3
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    # A large epsilon keeps updates proportional to the gradients: rounding stays rounding.
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=1e-2)
 
 
 def test_steps_and_scales_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +59,45 @@ def test_steps_and_scales_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(mine, other)
 
 
+def in_two_processes(work: Callable[[int], dict[str, torch.Tensor]], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Forks two processes that talk through gloo; returns what each found."""
+    pids = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                store = distributed.FileStore(str(folder / "store"), 2)  # pyright: ignore[reportPrivateImportUsage]
+                distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)  # pyright: ignore[reportPrivateImportUsage]
+                save_file(work(rank), folder / f"{rank}.safetensors")
+                distributed.barrier()
+                code = 0
+            except BaseException:  # noqa: BLE001  a child must never return into pytest
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.fixture
+def model(tiny_model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    copy = deepcopy(tiny_model).train()
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(not is_never_used(name, copy.config.vision_config.num_hidden_layers))
+    return copy
+
+
+def packs_of(model: Phi3VForCausalLM) -> list[Any]:
+    """One micro-batch for each of two processes."""
+    questions = [Question((0,), 9, 3), Question((), 7, 2)]
+    return [Pack(model.config, [(1, 1)], wholes=questions, seed=rank).packed() for rank in range(2)]
+
+
 def test_sharded_processes_leave_out_a_step_together_and_then_learn(model: Phi3VForCausalLM, tmp_path: Path) -> None:
-    packs = packs_of(model.config)
+    packs = packs_of(model)
 
     def work(rank: int) -> dict[str, torch.Tensor]:
         model.compute = Compute(is_sharded=True)
