@@ -176,7 +176,8 @@ class MemoryModel:
         - weights: 4 bytes a number where weights are trained; b under adapters, and :data:`FOUR_BIT_BYTES` for
           matrices in 4 bit.
         - adapters: 4 bytes a number.
-        - gradients: 4 bytes a trained number; with ZeRO b besides, before they are shared out.
+        - gradients: 4 bytes a trained number; with DDP on several devices twice: all micro-batches of a step but the
+          last add theirs up beside what is sent. With ZeRO b besides, before they are shared out.
         - optimizer: :data:`OPTIMIZER_BYTES` a trained number.
         - 16-bit copies: in bf16 and fp16, 2 bytes for every float32 number of a part that multiplies by its weights;
           with adapters that is theirs alone. Where every layer is computed again: those of one layer and the head.
@@ -186,7 +187,7 @@ class MemoryModel:
         """
         sizes = self._replicated_bytes(checkpointing)
         if self.parallel == "ddp":
-            return sizes
+            return sizes if self.num_ranks == 1 else sizes | {"gradients": 2 * sizes["gradients"]}
         dims, trained = self.dims, self.num_trained
         part = 0.0 if self.offloads else 1 / self.num_ranks
         stored, number = dims.num_parameters, self.number_bytes

@@ -96,12 +96,15 @@ def test_adapters_have_as_many_numbers_as_peft_makes(
 def test_engines_share_their_state_out(parallel: str, whole_bytes: int, shared_bytes: int) -> None:
     """Full training in bf16 by the number: weights of 4 and a copy of 2 or masters of 4 and weights of 2; 4; 8.
 
-    What layers are put together in, and buffers that are sent, is less than a twentieth of one process's state.
+    DDP adds gradients up beside those that it sends: 4 more. What layers are put together in, and buffers that are
+    sent, is less than a twentieth of one process's state.
     """
     trained = FULL.num_trained
     for num_ranks in (1, 8):
         found = sum(replace(FULL, num_ranks=num_ranks, parallel=parallel).state_bytes().values())
         expected = trained * (whole_bytes + shared_bytes / num_ranks)
+        if parallel == "ddp" and num_ranks > 1:
+            expected += 4 * trained
         assert expected - 0.01 * 18 * trained < found < expected + 0.05 * 18 * trained
     offloaded = replace(FULL, num_ranks=8, parallel="zero3", offloads=True).state_bytes()
     assert sum(offloaded.values()) < 0.05 * 18 * trained
