@@ -10,8 +10,8 @@ own. Starts that fit on the machine's GPUs together run at the same time, each o
 
 Where there are several GPUs, one more step is profiled on each: seconds in which it computes, seconds of NCCL's
 kernels, and those of them in which nothing else runs. The GPU that waits least tells what the exchange costs; what the
-others wait more, they wait for it. Losses must be those of one GPU but for rounding. Efficiency: of N times the fastest
-run of the same method on one GPU, whatever its engine.
+others wait more, they wait for it. Losses must be those of one GPU but for rounding. Efficiency: of N times the same
+run's speed on one GPU, and of N times that of the method's fastest engine there.
 """
 
 import argparse
@@ -115,16 +115,25 @@ def run_all(options: argparse.Namespace) -> list[Result]:
 
 
 def add_efficiency(results: list[Result]) -> None:
-    """Says of every run how fast it is, of its method's fastest run on one GPU times its GPUs."""
-    alone: dict[str, float] = {}
-    for result in results:
-        if result["gpus"] == 1 and "samples_per_s" in result:
-            method = result["run"].partition(":")[0]
-            alone[method] = max(alone.get(method, 0.0), result["samples_per_s"])
-    for result in results:
-        best = alone.get(result["run"].partition(":")[0])
-        if best and "samples_per_s" in result:
-            result["efficiency"] = result["samples_per_s"] / result["gpus"] / best
+    """Says how fast each run is: of the same run on one GPU, and of its method's fastest there, times its GPUs."""
+    alone = {result["run"]: result["samples_per_s"] for result in results if result["gpus"] == 1 and is_done(result)}
+    for result in filter(is_done, results):
+        speed = result["samples_per_s"] / result["gpus"]
+        method = method_of(result["run"])
+        fastest = max((other for run, other in alone.items() if method_of(run) == method), default=None)
+        if result["run"] in alone and fastest is not None:
+            result["efficiency"] = speed / alone[result["run"]]
+            result["of_fastest"] = speed / fastest
+
+
+def is_done(result: Result) -> bool:
+    """Whether there are figures."""
+    return "failed" not in result
+
+
+def method_of(run: str) -> str:
+    """Returns the method of METHOD:ENGINE."""
+    return run.partition(":")[0]
 
 
 def start(job: Job, devices: list[int] | None, options: argparse.Namespace) -> list[Result]:
@@ -308,11 +317,11 @@ def line_of(result: dict[str, Any]) -> str:
     """Returns a result as a row of a table."""
     start = f"| {result['run']} | {result['gpus']} | "
     if "failed" in result:
-        errors = [line for line in result["failed"].splitlines() if "Error: " in line]
-        return start + f"failed: {(errors or ['the JSON has its output'])[-1]} |"
+        errors = [line for line in result["failed"].splitlines() if "Error: " in line and "ChildFailed" not in line]
+        return start + f"failed: {(errors or ['the JSON has its output'])[-1][:300]} |"
     cells = [
         f"{result['samples_per_s']:.2f} samples/s",
-        f"{result['efficiency']:.1%}" if "efficiency" in result else "",
+        f"{result['efficiency']:.1%}, {result['of_fastest']:.1%}" if "efficiency" in result else "",
         f"{max(result['memory'].values()) / 1e9:.1f} GB",
         f"checkpointing {result['policy']['checkpointing']}, {result['micro_batches']} micro-batches",
         in_words(result["exchange"]) if "exchange" in result else "",
