@@ -42,10 +42,10 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
     options = parser.parse_args(with_underscores(arguments))
     images = [_open_image(path) for path in options.image]
-    from phi3v.eval.downloads import local_folder
     from phi3v.eval.generate import generate_once
     from phi3v.eval.origin import rope_mode_to_ask
     from phi3v.model.checkpoint import load_model, load_processor
+    from phi3v.model.downloads import local_folder
     from phi3v.model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 
     rope_mode = rope_mode_to_ask(options.model, options.rope_mode)

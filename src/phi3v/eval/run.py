@@ -13,12 +13,12 @@ from ..data.encode import SampleEncoder
 from ..errors import ConfigError
 from ..files import json_line, write_atomically, write_json, write_json_lines
 from ..model.checkpoint import load_model, load_processor
+from ..model.downloads import local_folder
 from ..model.placement import DTYPE_NAMES, resolve_device, resolve_precision
 from ..model.processing_phi3_v import Phi3VProcessor
 from ..runlog import RunDirectory
 from .answer import ALONE, EvalSettings, Prediction, Share, answer_questions
 from .classes import ClosedQuestion, ClosedReport, closed_report, find_label
-from .downloads import local_folder
 from .metrics import Score, metric_named, score_predictions
 from .origin import rope_mode_to_ask
 from .questions import check_labels
@@ -122,7 +122,7 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
     output = Path(config.output_dir)
     if (output / "eval.json").exists():
         raise ConfigError(f"{output} already holds an evaluation (eval.json); give another output_dir")
-    if _is_run(RunDirectory(output)):
+    if RunDirectory(output).holds_training:
         raise ConfigError(f"{output} is a training run's directory; give another output_dir, such as {output / 'eval'}")
     config = replace(config, rope_mode=rope_mode_to_ask(config.model, config.rope_mode))
     with _told_of(output):
@@ -173,10 +173,6 @@ def run_evaluation(config: EvalConfig) -> EvalResult:
         write_json_lines(output / "predictions.jsonl", result.rows)
         write_json(output / "eval.json", {"scoring": config.scoring, **result.to_dict(), "skipped": summary.skipped})
     return result
-
-
-def _is_run(folder: RunDirectory) -> bool:
-    return folder.has_logs or folder.environment_path.exists() or folder.checkpoints_dir.exists()
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..eval.downloads import local_folder
 from ..model.checkpoint import is_adapter, load_processor
+from ..model.downloads import local_folder
 from ..model.folder import taken_for_a_path
 from .comparison import Comparison
 from .placing import placed_when_complete, require_free

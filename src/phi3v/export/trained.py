@@ -11,9 +11,9 @@ from huggingface_hub.errors import HFValidationError
 
 from ..config import RopeMode
 from ..errors import CheckpointError, ConfigError
-from ..eval.downloads import local_folder
 from ..eval.origin import run_around, run_of, trained_rope_mode
 from ..model.checkpoint import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from ..model.downloads import local_folder
 from ..model.folder import read_object, taken_for_a_path
 from ..runlog import RunDirectory
 

@@ -49,6 +49,16 @@ class RunDirectory:
         return self.path / "environment.json"
 
     @property
+    def identity_path(self) -> Path:
+        """What the run is; beside the checkpoints and not among them, which a user may delete."""
+        return self.path / "identity.json"
+
+    @property
+    def result_path(self) -> Path:
+        """Which step's weights lie in ``model``."""
+        return self.path / "result.json"
+
+    @property
     def data_path(self) -> Path:
         return self.path / "data.json"
 
@@ -128,6 +138,12 @@ class RunDirectory:
     def has_logs(self) -> bool:
         """Whether a run has logged anything here."""
         return self.steps_path.exists() or self.evals_path.exists() or self.predictions_dir.exists()
+
+    @property
+    def holds_training(self) -> bool:
+        """Whether a training run is or was here; an evaluation's folder looks otherwise."""
+        own = (self.environment_path, self.identity_path, self.result_path, self.checkpoints_dir)
+        return self.has_logs or any(path.exists() for path in own)
 
     def clear_logs(self) -> None:
         """Removes what an earlier run logged here. Checkpoints, the final model and tensorboard files stay."""

@@ -55,7 +55,6 @@ from phi3v.train.room import (
 )
 from phi3v.train.scores import SCORE_KEY
 from phi3v.train.start import (
-    RESULT_FILE,
     Start,
     best_whole,
     decide_start,
@@ -335,6 +334,6 @@ def scores_rounded_weights(config: TrainConfig, precision: Precision) -> bool:
 def save_result(room: Room, model: Model, step: int) -> None:
     """Writes ``RUN/model``."""
     if room.is_writer:
-        write_json(room.run.path / RESULT_FILE, {"step": step})
+        write_json(room.run.result_path, {"step": step})
         save_model(model, room.processor, room.run.model_dir)
         logger.info("Step %d is saved in %s.", step, room.run.model_dir)

@@ -20,12 +20,6 @@ from phi3v.train.scores import SCORE_KEY, Best, best_of, is_out_of_patience, sco
 
 logger = logging.getLogger(__name__)
 
-IDENTITY_FILE = "identity.json"
-"""What the directory's run is; beside the checkpoints and not among them, which a user may delete."""
-
-RESULT_FILE = "result.json"
-"""Which step's weights lie in ``RUN/model``."""
-
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -128,15 +122,14 @@ def decide_start(config: TrainConfig, run: RunDirectory, store: CheckpointStore,
     """
     store.root.mkdir(parents=True, exist_ok=True)
     store.clear_leftovers()
-    place = run.path / IDENTITY_FILE
+    place = run.identity_path
     stored = _read(place) if place.is_file() else None
     if run.model_dir.is_dir():
-        result = run.path / RESULT_FILE
-        if stored is None or not result.is_file():
+        if stored is None or not run.result_path.is_file():
             raise _unknown_run(run)
         _require_same(place, stored, identity)
         is_scored = not config.eval_data or run.evaluation("after") is not None
-        return Start(result_step=_read(result)["step"], is_scored=is_scored)
+        return Start(result_step=_read(run.result_path)["step"], is_scored=is_scored)
     checkpoint = store.newest()
     if checkpoint is not None:
         _require_same(checkpoint.folder, checkpoint.identity, identity)
@@ -163,8 +156,8 @@ def decide_start(config: TrainConfig, run: RunDirectory, store: CheckpointStore,
 
 def _unknown_run(run: RunDirectory) -> CheckpointError:
     return CheckpointError(
-        f"{run.path} holds a run, but not the {IDENTITY_FILE} and {RESULT_FILE} that say which; use another "
-        "output_dir, or delete it"
+        f"{run.path} holds a run, but not the {run.identity_path.name} and {run.result_path.name} that say which; "
+        "use another output_dir, or delete it"
     )
 
 
@@ -175,9 +168,9 @@ def kept_sharing(run: RunDirectory, store: CheckpointStore) -> int | None:
     resume may change.
     """
     identity = store.newest_identity()
-    path = run.path / IDENTITY_FILE
-    if identity is None and path.is_file() and (run.model_dir.is_dir() or run.steps()):
-        identity = _read(path)
+    is_known = run.identity_path.is_file() and (run.model_dir.is_dir() or bool(run.steps()))
+    if identity is None and is_known:
+        identity = _read(run.identity_path)
     return None if identity is None else identity["decides"].get("shared_questions")
 
 

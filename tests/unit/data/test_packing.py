@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packs import document_costs
 from phi3v.data.packing import (
     Budget,
     CostRecorder,
@@ -102,15 +103,6 @@ def test_plans_of_large_windows_are_those_of_the_plain_planner(budget: Budget, n
     packing = Packing(budget, shared_questions=8, num_ranks=num_ranks)
     window = range(400)
     assert plan_window(costs, window, packing) == plain_packing.plan_window(costs, window, packing)
-
-
-def document_costs(num: int) -> SampleCosts:
-    """About four questions a page of 2,511 positions, as DocVQA has them."""
-    dice = np.random.default_rng(0)
-    stem, crops = np.full(num, 2511, np.int32), np.full(num, 17, np.int32)
-    tokens = stem + dice.integers(20, 60, num, dtype=np.int32)
-    pages = np.sort(dice.integers(0, num // 4, num)).astype(np.uint64)
-    return SampleCosts(tokens, np.full(num, 5, np.int32), crops, stem, crops, pages)
 
 
 def test_the_work_of_planning_grows_with_the_window_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_answers_to_an_earlier_configuration_do_not_stay(config: EvalConfig) -> 
     assert [file.name for file in config.output_dir.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("own", ["steps.jsonl", "environment.json", "checkpoints"])
+@pytest.mark.parametrize("own", ["steps.jsonl", "environment.json", "identity.json", "checkpoints"])
 def test_a_training_runs_directory_is_not_written_into(config: EvalConfig, own: str) -> None:
     config.output_dir.mkdir()
     (config.output_dir / "config.yaml").write_text("method: full\n")

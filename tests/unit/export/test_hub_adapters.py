@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from phi3v.cli import main
 from phi3v.errors import CheckpointError
-from phi3v.eval.downloads import local_folder
 from phi3v.model.checkpoint import load_model, save_model
+from phi3v.model.downloads import local_folder
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 COMMIT = "c0ffee" * 6 + "c0ff"

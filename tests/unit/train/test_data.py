@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import phi3v.train.data as train_data
+from packs import document_costs
 from phi3v.config import TrainConfig
-from phi3v.data.packing import Budget, Packing, SampleCosts, saving_of, stem_groups
+from phi3v.data.packing import Budget, Packing, saving_of, stem_groups
 from phi3v.errors import DataError
 from phi3v.model.checkpoint import load_processor
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
@@ -23,15 +24,6 @@ from phi3v.train.order import StemsTogether
 from training import make_config, write_shared_data
 
 SHORT = 4096
-
-
-def document_costs(num: int) -> SampleCosts:
-    """About four questions a page of 2,511 positions, as DocVQA has them."""
-    dice = np.random.default_rng(0)
-    stem, crops = np.full(num, 2511, np.int32), np.full(num, 17, np.int32)
-    tokens = stem + dice.integers(20, 60, num, dtype=np.int32)
-    pages = np.sort(dice.integers(0, num // 4, num)).astype(np.uint64)
-    return SampleCosts(tokens, np.full(num, 5, np.int32), crops, stem, crops, pages)
 
 
 @pytest.fixture(scope="module")

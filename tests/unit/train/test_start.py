@@ -13,7 +13,7 @@ from phi3v.files import write_json
 from phi3v.runlog import RunDirectory
 from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.scores import SCORE_KEY
-from phi3v.train.start import IDENTITY_FILE, RESULT_FILE, Start, best_whole, decide_start, kept_sharing
+from phi3v.train.start import Start, best_whole, decide_start, kept_sharing
 
 IDENTITY: dict[str, Any] = {"decides": {"learning_rate": 1.0}, "rounds": {}}
 OTHER: dict[str, Any] = {"decides": {"learning_rate": 2.0}, "rounds": {}}
@@ -32,8 +32,8 @@ class Directory:
         return decide_start(self.config, self.run, self.store, identity)
 
     def finish(self, step: int = 3) -> None:
-        write_json(self.run.path / IDENTITY_FILE, IDENTITY)
-        write_json(self.run.path / RESULT_FILE, {"step": step})
+        write_json(self.run.identity_path, IDENTITY)
+        write_json(self.run.result_path, {"step": step})
         self.run.model_dir.mkdir()
 
     def checkpoint(

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 
-from ..model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_checkpoint_error, is_hub_id
+from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_checkpoint_error, is_hub_id
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
