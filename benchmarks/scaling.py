@@ -139,7 +139,7 @@ def method_of(run: str) -> str:
 def start(job: Job, devices: list[int] | None, options: argparse.Namespace) -> list[Result]:
     """Measures runs in processes of their own; after one that fails, the others are started again."""
     num_gpus, runs = job
-    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": names_of(devices)}
     with TemporaryDirectory() as name:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
         command += [__file__, "--worker", name, "--runs", *runs]
@@ -161,6 +161,13 @@ def start(job: Job, devices: list[int] | None, options: argparse.Namespace) -> l
         print(line_of(result), flush=True)
     left = runs[len(results) :]
     return results + (start((num_gpus, left), devices, options) if left else [])
+
+
+def names_of(devices: list[int]) -> str:
+    """Returns GPUs as CUDA_VISIBLE_DEVICES names them, of those that are visible here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    return ",".join(names[device] for device in devices)
 
 
 def measure_all(runs: Sequence[str], folder: Path, options: argparse.Namespace) -> None:
