@@ -52,6 +52,7 @@ from phi3v.train.room import (
     keeps_best,
     training_arguments,
     training_samples,
+    warn_of_little_memory,
 )
 from phi3v.train.scores import SCORE_KEY
 from phi3v.train.start import (
@@ -139,6 +140,7 @@ def run_training(config: TrainConfig) -> Path:
             if room.is_writer and not run.report_path.exists():
                 write_report(run.path)
             return run.path
+        warn_of_little_memory(config, precision, model_config.dims, args.device)
         model = build_model(config, precision, home_of(config, args.device), compute_of(room))
         cache = open_feature_cache(room, model)
         with Stop(speaks=room.is_writer) as stop, explained(store.describe_newest):
