@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some programs write in front of UTF-8."""
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the disk, none left of the user's share of it, or a file over the largest size that is allowed."""
 

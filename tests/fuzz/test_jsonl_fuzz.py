@@ -149,7 +149,7 @@ def test_any_file_is_samples_or_a_named_error(content: bytes) -> None:
 
 
 def test_a_line_without_an_end_is_refused_before_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phi3v.data.dataset.MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr("phi3v.data.jsonl.MAX_LINE_BYTES", 2**20)
     path = tmp_path / "array.jsonl"
     path.write_bytes(b"{}\n[" + b" " * 2**21)
     with pytest.raises(DataError, match=r"array\.jsonl:2: the line is longer than 1 MiB.*phi3v data convert"):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from phi3v.data.check import check_dataset
 from phi3v.data.collate import LossWeighting, PackCollator
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import Budget, CostRecorder, MicroBatch, Packing, load_of, plan_window
 from phi3v.model import packed

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EvalConfig
-from ..data.dataset import ConversationDataset, check_dataset
+from ..data.check import check_dataset
+from ..data.dataset import ConversationDataset
 from ..data.encode import SampleEncoder
 from ..errors import ConfigError
 from ..files import json_line, write_atomically, write_json, write_json_lines

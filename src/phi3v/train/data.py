@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 from phi3v import __version__
 from phi3v.config import TrainConfig
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.check import check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import (
     Budget,

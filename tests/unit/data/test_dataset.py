@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from phi3v.data import dataset as dataset_module
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data import check as check_module
+from phi3v.data.check import check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.schema import SampleError
 from phi3v.errors import DataError
@@ -299,14 +300,14 @@ def test_the_report_does_not_depend_on_threads(write_jsonl, bad_folder, encoder)
 
 def test_an_image_of_many_questions_is_read_once_by_all_threads(write_jsonl, image_folder, encoder, monkeypatch):
     opened = []
-    check_image = dataset_module.check_image
+    check_image = check_module.check_image
 
     def slow(path, decode):
         opened.append(path.name)
         time.sleep(0.05)
         return check_image(path, decode)
 
-    monkeypatch.setattr(dataset_module, "check_image", slow)
+    monkeypatch.setattr(check_module, "check_image", slow)
     (image_folder / "cut.png").write_bytes((image_folder / "red.png").read_bytes()[:60])
     dataset = ConversationDataset(write_jsonl(*[record(images=["red.png"]), record(images=["cut.png"])] * 20))
     summary = check(dataset, encoder, num_threads=8, on_bad_sample="skip")
@@ -316,11 +317,11 @@ def test_an_image_of_many_questions_is_read_once_by_all_threads(write_jsonl, ima
 
 def test_only_so_many_images_are_remembered(write_jsonl, image_folder, encoder, monkeypatch):
     opened = []
-    check_image = dataset_module.check_image
+    check_image = check_module.check_image
     monkeypatch.setattr(
-        dataset_module, "check_image", lambda path, decode: opened.append(path.name) or check_image(path, decode)
+        check_module, "check_image", lambda path, decode: opened.append(path.name) or check_image(path, decode)
     )
-    monkeypatch.setattr(dataset_module, "REMEMBERED_IMAGES", 1)
+    monkeypatch.setattr(check_module, "REMEMBERED_IMAGES", 1)
     names = ["red.png", "red.png", "blue.jpg", "red.png"]
     check(ConversationDataset(write_jsonl(*[record(images=[name]) for name in names])), encoder, num_threads=1)
     assert opened == ["red.png", "blue.jpg", "red.png"]

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from planted import as_jpeg, picture, sample, write_jsonl
 
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.check import check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.images import read_image
 from phi3v.doctor import Diagnosis, examine, reading

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3v.data.check import check_dataset
 from phi3v.data.collate import PackCollator
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import Budget, CostRecorder, MicroBatch, Packing, SampleCosts, load_of
 from phi3v.model.processing_phi3_v import Phi3VProcessor

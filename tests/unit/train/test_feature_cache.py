@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from phi3v.config import TrainConfig
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.check import check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.packing import CostRecorder, SampleCosts
 from phi3v.errors import CapacityError, ConfigError

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ...errors import ConfigError, DataError
+from ...files import BYTE_ORDER_MARK
 from ..schema import SampleError, sample_error
 from .source_images import SourceImages, SplitChoice, data_set_name, source_file
 from .writer import Conversion, NativeWriter, OnBadSample
@@ -20,7 +21,6 @@ MAX_CELL_CHARS = 2**24
 """Longest cell that is read, characters: longer than any sample that can be trained on. A quote that never ends makes
 the rest of a table one cell."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DELIMITERS = {".tsv": "\t", ".tab": "\t"}
 _DELIMITER_NAMES = {"tab": "\t", "\\t": "\t"}
 _OTHER_DELIMITERS = (",", ";", "\t", "|")
@@ -211,7 +211,7 @@ class _Table:
 
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
-            content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             try:
                 yield content.decode()
             except UnicodeDecodeError as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import DataError
+from ...files import BYTE_ORDER_MARK
 from ..schema import SampleError, sample_error
 
 CHUNK_BYTES = 1 << 20
 """How much of an array is read at once; a longer record is read on until it ends."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_TOKEN = len(r"\ud83d\ude00")  # of what may be cut at a window's end and is then reported from its start
 _DECODER = json.JSONDecoder()
 
@@ -44,7 +44,7 @@ def read_json_records(path: Path, on_bad_record: Callable[[SampleError], None]) 
 
 
 def _first_character(file: BinaryIO) -> bytes:
-    start = file.read(len(_BYTE_ORDER_MARK)).removeprefix(_BYTE_ORDER_MARK)
+    start = file.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
     while not (text := start.lstrip()):
         if not (start := file.read(CHUNK_BYTES)):
             break
@@ -53,7 +53,7 @@ def _first_character(file: BinaryIO) -> bytes:
 
 def _lines(path: Path, file: BinaryIO, on_bad_record: Callable[[SampleError], None]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
-        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if not content.strip():
             continue
         where = f"{path}:{number}"

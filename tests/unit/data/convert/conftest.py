@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert.writer import Conversion
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.schema import Sample
 

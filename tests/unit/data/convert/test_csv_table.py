@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert import csv_table
 from phi3v.data.convert.csv_table import convert_csv
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError, DataError
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert import image_folders
 from phi3v.data.convert.image_folders import convert_image_folders
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import ConfigError, DataError
 

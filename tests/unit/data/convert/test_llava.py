@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert.llava import convert_llava
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.data.schema import parse_sample, render
 from phi3v.errors import ConfigError, DataError

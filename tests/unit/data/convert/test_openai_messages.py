@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert import openai_messages
 from phi3v.data.convert.openai_messages import convert_openai_messages
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import DataError
 

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from phi3v.data.check import check_dataset
 from phi3v.data.convert.sharegpt import convert_sharegpt
-from phi3v.data.dataset import ConversationDataset, check_dataset
+from phi3v.data.dataset import ConversationDataset
 from phi3v.data.encode import SampleEncoder
 from phi3v.errors import DataError
 
