@@ -215,6 +215,12 @@ def test_a_finished_run_is_told_whole(run: RunDirectory) -> None:
     assert "a.jsonl:3: no" in text
 
 
+@pytest.mark.parametrize("method", ["full", "frozen_vision", "lora", "qlora"])
+def test_every_method_is_told_in_words(method: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path).create(f"model: x\nmethod: {method}\n", {})
+    assert re.search("fine-tuning( with frozen vision)? of x", Page(write_report(run.path)).text)
+
+
 def test_recorded_sizes_and_times_are_told_in_units(run: RunDirectory) -> None:
     run.write_data({"train": {"samples": 90, "images_bytes": 3 * 2**20, "check_s": 75}})
     text = Page(write_report(run.path)).text.replace("\u00a0", " ")
