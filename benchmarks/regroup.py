@@ -1,14 +1,15 @@
-"""A checkpoint of the published size, saved on some GPUs, resumed on others: losses, seconds and bytes.
+"""A checkpoint of the published width, saved on some GPUs, resumed on others: losses, seconds and bytes.
 
     python benchmarks/regroup.py OUTPUT_DIR --data FOLDER --gpus 4 2 --parallel fsdp2
     python benchmarks/regroup.py OUTPUT_DIR --data FOLDER --gpus 2 1 --parallel zero3 --tiny     # on CPUs too
 
-Full training in bf16 with random weights; four steps with a checkpoint after the second on the first number of GPUs.
-What came after it is taken away, and the second number of GPUs goes on. Losses must be those of the first time but
-for rounding. ``--data``: a folder that ``phi3v demo`` wrote (its ``data``).
+Full training in bf16 with random weights, by default of the published depth too; four steps with a checkpoint after the
+second on the first number of GPUs. What came after it is taken away, and the second number of GPUs goes on. Losses must
+be those of the first time but for rounding. ``--data``: a folder that ``phi3v demo`` wrote (its ``data``).
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def main() -> None:
         torch.set_default_dtype(torch.bfloat16)  # as the published weights are
         with torch.device("cuda" if has_gpu else "cpu"):  # four billion random numbers take a CPU a minute
             build_model(folder / "base", **published_sizes(options.layers))
+        gc.collect()
+        torch.cuda.empty_cache()  # the runs get all of it
     losses: list[list[float]] = []
     for num_gpus, parallel in zip(options.gpus, [options.parallel[0], options.parallel[-1]], strict=True):
         print(f"\n{parallel} on {num_gpus}", flush=True)

@@ -9,9 +9,9 @@ processes. All runs of one number of GPUs come from one start of torchrun, one a
 own. Starts that fit on the machine's GPUs together run at the same time, each on GPUs of its own, the largest first.
 
 Where there are several GPUs, one more step is profiled on each: seconds in which it computes, seconds of NCCL's
-kernels, and those of them in which nothing else runs. The GPU that waits least tells what the exchange costs; what the
-others wait more, they wait for it. Losses must be those of one GPU but for rounding. Efficiency: of N times the same
-run's speed on one GPU, and of N times that of the method's fastest engine there.
+kernels, those of them in which nothing else runs, and those in which nothing runs. Losses must be those of one GPU but
+for rounding. Efficiency: of N times the same run's speed on one GPU, and of N times that of the method's fastest engine
+there.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from phi3v.bench.workload import Workload, costs_of, draw_samples
 from phi3v.data.packing import Budget, saving_of, stem_groups
 from phi3v.files import write_json
 from phi3v.model.compute import Compute
+from phi3v.model.packed import PackedBatch
 from phi3v.model.packed_attention import row_alignment
 from phi3v.train.activations import choose_activation_policy
 from phi3v.train.data import Sharing
@@ -55,8 +56,8 @@ WARMUP_STEPS = 1
 """And one more a process: the fewer micro-batches a step has, the more steps until attention is planned for all shapes,
 0.15 s each, for which all processes wait."""
 
-MOST_SECONDS = 400
-"""Of a start; processes that wait for each other would wait forever."""
+MOST_SECONDS = 240
+"""Of a run, on average over a start's; processes that wait for each other would wait forever."""
 
 Result = dict[str, Any]
 Job = tuple[int, tuple[str, ...]]
@@ -120,10 +121,10 @@ def add_efficiency(results: list[Result]) -> None:
     for result in filter(is_done, results):
         speed = result["samples_per_s"] / result["gpus"]
         method = method_of(result["run"])
-        fastest = max((other for run, other in alone.items() if method_of(run) == method), default=None)
-        if result["run"] in alone and fastest is not None:
+        if result["run"] in alone:
             result["efficiency"] = speed / alone[result["run"]]
-            result["of_fastest"] = speed / fastest
+        if same := [other for run, other in alone.items() if method_of(run) == method]:
+            result["of_fastest"] = speed / max(same)
 
 
 def is_done(result: Result) -> bool:
@@ -147,11 +148,11 @@ def start(job: Job, devices: list[int] | None, options: argparse.Namespace) -> l
         command += ["--tiny"] * options.tiny
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **visible})
         try:
-            _, errors = process.communicate(timeout=MOST_SECONDS)
+            _, errors = process.communicate(timeout=MOST_SECONDS * len(runs))
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its processes
             _, errors = process.communicate()
-            errors += f"\nTimeoutError: not done after {MOST_SECONDS} s"
+            errors += f"\nTimeoutError: not done after {MOST_SECONDS * len(runs)} s"
         files = [Path(name) / f"{run}.json" for run in runs]
         found = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
     results = [{"run": run, "gpus": num_gpus, **one} for run, one in zip(runs, found, strict=False)]
@@ -176,7 +177,8 @@ def measure_all(runs: Sequence[str], folder: Path, options: argparse.Namespace) 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
-    accelerator = Accelerator(mixed_precision="bf16" if is_cuda else "no", cpu=not is_cuda)
+    precision = choose_precision(BenchOptions(tiny=options.tiny).train_config(), device.type).name
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not is_cuda)
     for run in runs:
         found = measure(run, device, accelerator, options)
         if accelerator.is_main_process:
@@ -229,12 +231,14 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
     learner = wrap_lora(model, run) if run.trains_adapters else model
     engine = open_engine(run, precision, learner, accelerator)
 
-    def step(number: int) -> tuple[float, float]:
+    def prepared(number: int) -> list[PackedBatch]:
         batches = [workload.pack(planned) for planned in workload.plan(number)]
         batches = [batch.pin_memory() for batch in batches] if is_cuda else batches
         distributed.barrier()
         synchronize(device)
-        began = time.perf_counter()
+        return batches
+
+    def step(batches: list[PackedBatch]) -> torch.Tensor:
         loss = torch.zeros((), device=device)
         for place, batch in enumerate(batches, start=1):
             on_device = batch.to(device, non_blocking=True)
@@ -244,15 +248,20 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
         engine.optimizer.step()
         engine.module.zero_grad()
         synchronize(device)
-        seconds = torch.tensor(time.perf_counter() - began, device=device)
-        distributed.all_reduce(seconds, op=distributed.ReduceOp.MAX)
-        distributed.all_reduce(loss)
-        return float(seconds), float(loss) / num_ranks
+        return loss
 
-    steps = [step(number) for number in range(num_warmup)]
+    def timed(number: int) -> tuple[float, float]:
+        batches = prepared(number)
+        began = time.perf_counter()
+        loss = step(batches)
+        seconds = time.perf_counter() - began
+        distributed.all_reduce(loss)
+        return most_of_all(seconds, device), float(loss) / num_ranks
+
+    steps = [timed(number) for number in range(num_warmup)]
     reset_peak_memory(device)
-    steps += [step(num_warmup + number) for number in range(options.steps)]
-    memory = peak_memory(device)
+    steps += [timed(num_warmup + number) for number in range(options.steps)]
+    memory = {name: int(most_of_all(size, device)) for name, size in peak_memory(device).items()}
     seconds = [one for one, _ in steps]
     found: Result = {
         "device": device_name(device),
@@ -266,20 +275,30 @@ def measure(name: str, device: torch.device, accelerator: Accelerator, options: 
         "micro_batches": len(workload.plan(0)),
     }
     if is_cuda and num_ranks > 1:
-        found["exchange"] = exchange_of(lambda: step(num_warmup + options.steps))
+        batches = prepared(num_warmup + options.steps)
+        found["exchange"] = exchange_of(lambda: step(batches))
     engine.close()
     return found
 
 
+def most_of_all(value: float, device: torch.device) -> float:
+    """Returns the largest of all processes' values."""
+    most = torch.tensor(float(value), device=device, dtype=torch.float64)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return float(most)
+
+
 def exchange_of(step: Callable[[], object]) -> dict[str, list[float]]:
-    """Profiles a step; returns seconds of every process.
+    """Profiles a step that all processes begin together; returns seconds of every process.
 
     Returns:
-        ``computes``, in which kernels run that are not NCCL's; ``exchange``, of NCCL's kernels; ``exposed``, of those
-        while no other runs.
+        ``computes``, in which kernels and copies run that are not NCCL's; ``exchange``, of NCCL's kernels; ``exposed``,
+        of those while nothing else runs; ``idle``, in which nothing runs at all.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        began = time.perf_counter()
         step()
+        seconds = time.perf_counter() - began
     # Not ``events()``, which makes a tree of them all, for a minute.
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
     kernels = [event for event in profiled.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
@@ -292,12 +311,18 @@ def exchange_of(step: Callable[[], object]) -> dict[str, list[float]]:
         for is_nccl in (True, False)
     }
     exchange, computes = length(spans[True]), length(spans[False])
-    exposed = length(merged([*spans[True], *spans[False]])) - computes
-    own = torch.tensor([computes, exchange, exposed], device="cuda", dtype=torch.float64) / 1e9
+    busy = length(merged([*spans[True], *spans[False]]))
+    found = {
+        "computes": computes / 1e9,
+        "exchange": exchange / 1e9,
+        "exposed": (busy - computes) / 1e9,
+        "idle": seconds - busy / 1e9,
+    }
+    own = torch.tensor(list(found.values()), device="cuda", dtype=torch.float64)
     of_all = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(of_all, own)
     columns = torch.stack(of_all, dim=1).tolist()
-    return dict(zip(("computes", "exchange", "exposed"), columns, strict=True))
+    return dict(zip(found, columns, strict=True))
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
@@ -328,7 +353,7 @@ def line_of(result: dict[str, Any]) -> str:
         return start + f"failed: {(errors or ['the JSON has its output'])[-1][:300]} |"
     cells = [
         f"{result['samples_per_s']:.2f} samples/s",
-        f"{result['efficiency']:.1%}, {result['of_fastest']:.1%}" if "efficiency" in result else "",
+        ", ".join(f"{result[name]:.1%}" for name in ("efficiency", "of_fastest") if name in result),
         f"{max(result['memory'].values()) / 1e9:.1f} GB",
         f"checkpointing {result['policy']['checkpointing']}, {result['micro_batches']} micro-batches",
         in_words(result["exchange"]) if "exchange" in result else "",

@@ -142,7 +142,7 @@ class RunDirectory:
     @property
     def holds_training(self) -> bool:
         """Whether a training run is or was here; an evaluation's folder looks otherwise."""
-        own = (self.environment_path, self.identity_path, self.result_path, self.checkpoints_dir)
+        own = (self.environment_path, self.identity_path, self.checkpoints_dir)
         return self.has_logs or any(path.exists() for path in own)
 
     def clear_logs(self) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
@@ -16,7 +15,6 @@ from phi3v.config import TrainConfig
 from phi3v.data.collate import PackCollator
 from phi3v.data.packing import SampleCosts
 from phi3v.errors import ConfigError
-from phi3v.geometry import ModelDims
 from phi3v.model.checkpoint import (
     load_four_bit_model,
     load_model,
@@ -28,7 +26,6 @@ from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.runlog import RunDirectory
 from phi3v.train.activations import ActivationPolicy, DataLoad
 from phi3v.train.batches import TrainingSamples
-from phi3v.train.checkpoints.rehearsal import in_words
 from phi3v.train.checkpoints.store import CheckpointStore
 from phi3v.train.data import CheckedData, Sharing
 from phi3v.train.engines.choose import is_sharded
@@ -149,33 +146,6 @@ def home_of(config: TrainConfig, device: torch.device) -> torch.device:
     What shares a model out takes it from the machine's memory, part by part: no GPU has to hold it whole in float32.
     """
     return device if config.parallel == "ddp" else torch.device("cpu")
-
-
-def warn_of_little_memory(config: TrainConfig, precision: Precision, dims: ModelDims, device: torch.device) -> None:
-    """Warns where whole models wait for their engine in a machine's memory, one a process, that may not hold them.
-
-    The system would end a process without a word. It stays a warning: some machines get more memory when they use it.
-
-    Args:
-        config: of the run.
-        precision: of the weights.
-        dims: of the model.
-        device: what the run computes on.
-    """
-    if home_of(config, device) == device:
-        return
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = num_processes * dims.num_parameters * getattr(torch, precision.weights).itemsize
-    available = psutil.virtual_memory().available
-    if needed > available:
-        logger.warning(
-            "Before and after training each of this machine's processes holds the whole model in the machine's memory, "
-            "%s for %d of them, and %s are available. If the system ends one of them (exit code -9), use fewer "
-            "processes or more memory, or parallel ddp where the GPU holds everything.",
-            in_words(needed),
-            num_processes,
-            in_words(available),
-        )
 
 
 def build_model(

@@ -39,6 +39,7 @@ from phi3v.train.engines.choose import require_engine
 from phi3v.train.evaluation import Scorer
 from phi3v.train.faults import explained
 from phi3v.train.feature_cache import FeatureCache, open_cache, require_frozen, require_room
+from phi3v.train.host_memory import warn_of_little_memory
 from phi3v.train.messages import describe_gpus, show_messages
 from phi3v.train.order import epoch_order
 from phi3v.train.room import (
@@ -52,7 +53,6 @@ from phi3v.train.room import (
     keeps_best,
     training_arguments,
     training_samples,
-    warn_of_little_memory,
 )
 from phi3v.train.scores import SCORE_KEY
 from phi3v.train.start import (

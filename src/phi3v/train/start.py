@@ -168,9 +168,9 @@ def kept_sharing(run: RunDirectory, store: CheckpointStore) -> int | None:
     resume may change.
     """
     identity = store.newest_identity()
-    is_known = run.identity_path.is_file() and (run.model_dir.is_dir() or bool(run.steps()))
-    if identity is None and is_known:
-        identity = _read(run.identity_path)
+    path = run.identity_path
+    if identity is None and path.is_file() and (run.model_dir.is_dir() or run.steps()):
+        identity = _read(path)
     return None if identity is None else identity["decides"].get("shared_questions")
 
 

@@ -28,7 +28,8 @@ class Replicated:
         self._accelerator = accelerator
         self._adamw = optimizer
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        # Gradients live in the buffers that are sent: no second copy. Every micro-batch reaches every parameter.
+        # A step's last micro-batch leaves gradients in the buffers that are sent; those before it add theirs up beside
+        # them, in tensors of their own. Every micro-batch reaches every parameter.
         handler = DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True)
         accelerator.ddp_handler = handler  # pyright: ignore[reportAttributeAccessIssue]
         self.module, self.optimizer = accelerator.prepare(model, optimizer)
