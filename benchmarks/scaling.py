@@ -296,12 +296,18 @@ def exchange_of(step: Callable[[], object]) -> dict[str, list[float]]:
         of those while nothing else runs; ``idle``, in which nothing runs at all.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        began = time.perf_counter()
+        distributed.barrier()  # starting to profile takes processes differently long
+        torch.cuda.synchronize()
+        began = time.time_ns()
         step()
-        seconds = time.perf_counter() - began
+        seconds = (time.time_ns() - began) / 1e9
     # Not ``events()``, which makes a tree of them all, for a minute.
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    kernels = [event for event in profiled.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
+    kernels = [
+        event
+        for event in profiled.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA and event.start_ns() >= began
+    ]
     spans = {
         is_nccl: merged(
             (event.start_ns(), event.start_ns() + event.duration_ns())
