@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +42,16 @@ def explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
         Phi3VError: a process that prepares samples died, or another process of the run.
     """
     try:
+        with _explained(last_checkpoint):
+            yield
+    except RuntimeError as error:
+        # Of a dead worker torch raises at any place, once: also while that death is being explained.
+        _raise_explained(error, last_checkpoint)
+
+
+@contextmanager
+def _explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
+    try:
         yield
     except KeyboardInterrupt:
         logger.warning("%s The same command goes on.", last_checkpoint())
@@ -54,11 +65,15 @@ def explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
             "run in another output_dir."
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
-        explanation = _explanation(error)
-        if explanation is None:
-            raise
-        kind, text = explanation
-        raise kind(f"{text} {last_checkpoint()}") from error
+        _raise_explained(error, last_checkpoint)
+
+
+def _raise_explained(error: OSError | SafetensorError | RuntimeError, last_checkpoint: Callable[[], str]) -> NoReturn:
+    explanation = _explanation(error)
+    if explanation is None:
+        raise error
+    kind, text = explanation
+    raise kind(f"{text} {last_checkpoint()}") from error
 
 
 def _explanation(error: OSError | SafetensorError | RuntimeError) -> tuple[type[Phi3VError], str] | None:

@@ -47,6 +47,21 @@ def test_a_real_worker_that_dies() -> None:
         read_all(die)
 
 
+def test_a_worker_whose_death_torch_notices_while_it_is_explained() -> None:
+    """torch raises in its signal handler, wherever the program is then, once."""
+    noticed: list[str] = []
+
+    def last_checkpoint() -> str:
+        if not noticed:
+            noticed.append("now")
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        return "The last checkpoint is c."
+
+    died = r"a process that prepares samples died \(DataLoader worker \(pid 7\) .* The last checkpoint is c\."
+    with pytest.raises(Phi3VError, match=died), explained(last_checkpoint):
+        raise DeadWorkerError("Connection reset by peer")
+
+
 def test_a_real_worker_that_meets_a_bad_sample() -> None:
     with pytest.raises(DataError) as caught:
         read_all(refuse)
